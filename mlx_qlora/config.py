@@ -1,0 +1,304 @@
+"""One configuration tree: the same keys in YAML, in Python, on the command line and in saved adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from mlx_qlora.errors import ConfigError, listed
+
+
+class Config(BaseModel):
+    """Frozen, validated at birth; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class ModelConfig(Config):
+    """Which base model, and how it is loaded."""
+
+    path: str | None = None
+    """Hub id or folder of the base model."""
+
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+
+    trust_remote_code: bool = False
+    """Allow a model folder to run its own Python code."""
+
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Type of activations and 16-bit weights. auto: the checkpoint's own on a GPU; float32 on the CPU,
+    where MLX computes bfloat16 about eight times slower."""
+
+
+class QuantizationConfig(Config):
+    """How the frozen base is stored. A scheme names all of it; bits, group_size and mode change one part."""
+
+    scheme: str = "int4"
+    """int4, int8, … (see `mlx_qlora.quantization.schemes`); none keeps the checkpoint as it is."""
+
+    bits: PositiveInt | None = None
+    """Bits per weight; None is the scheme's own."""
+
+    group_size: PositiveInt | None = None
+    """Consecutive input features that share one scale; None is the scheme's own."""
+
+    mode: str | None = None
+    """affine, mxfp4, …; None is the scheme's own."""
+
+    skip_modules: tuple[str, ...] = ()
+    """Names or path patterns of layers that stay unquantized, such as lm_head."""
+
+
+class LoraConfig(Config):
+    """The trainable low-rank update, W + (alpha / rank) · A B. Source: Hu et al. 2021, arXiv:2106.09685."""
+
+    rank: PositiveInt = 8
+    """Inner dimension of the update."""
+
+    alpha: PositiveFloat = 16.0
+    """Numerator of the update's scale, alpha / rank."""
+
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Probability with which an input feature of the update is zeroed in training."""
+
+    target_modules: tuple[str, ...] = Field(default=("q_proj", "k_proj", "v_proj"), min_length=1)
+    """Short names (q_proj) or path patterns (model.layers.*.mlp.down_proj)."""
+
+    num_layers: int = Field(default=-1, ge=-1)
+    """How many of the last layers get an update; -1 is all."""
+
+    bias: Literal["none"] = "none"
+    """Biases are never trained."""
+
+    @model_validator(mode="after")
+    def _some_layer_is_trained(self) -> Self:
+        if self.num_layers == 0:
+            raise ValueError("num_layers must be -1 (all) or at least 1")
+        return self
+
+
+class DataConfig(Config):
+    """Which rows are trained on, and how they become tokens."""
+
+    path: str | None = None
+    """Folder with train/valid/test .jsonl, a single .jsonl or .csv file, or the id of a hub data set."""
+
+    max_seq_length: int = Field(default=512, ge=2)
+    """Tokens per example, at most."""
+
+    loss_on: Literal["assistant", "all"] = "assistant"
+    """Which tokens are targets. Rows of plain text are always targets as a whole."""
+
+    truncation: Literal["keep_eos", "drop"] = "keep_eos"
+    """A row longer than max_seq_length is cut and ends in EOS, or is left out; either is counted."""
+
+    skip_bad_rows: bool = False
+    """Go on without the rows that cannot be used."""
+
+    system_prompt: str | None = None
+    """Put before every conversation that has no system turn of its own."""
+
+    valid_fraction: float = Field(default=0.1, ge=0.0, lt=1.0)
+    """Share held out, by seed, when the data has no valid file."""
+
+    columns: dict[str, str] = Field(default_factory=dict)
+    """The data's own column names: {question: pergunta, answer: resposta}."""
+
+    max_valid_examples: PositiveInt | None = None
+    """Validate on the first so many rows; None is all."""
+
+
+class TrainingConfig(Config):
+    """One training run; saved beside its checkpoints."""
+
+    num_epochs: PositiveInt = 3
+    """Passes over the training data; max_steps, when given, decides instead."""
+
+    max_steps: PositiveInt | None = None
+    """Optimizer updates, not micro-batches."""
+
+    batch_size: PositiveInt = 2
+    """Examples in a micro-batch: what is in memory at once."""
+
+    gradient_accumulation: PositiveInt = 2
+    """Micro-batches per optimizer update."""
+
+    learning_rate: PositiveFloat = 2.0e-4
+    """Peak learning rate."""
+
+    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """How the rate falls after warm-up."""
+
+    warmup_steps: NonNegativeInt = 100
+    """Optimizer updates over which the rate rises linearly. A run that is shorter than its warm-up
+    uses a tenth of its steps for it, and says so."""
+
+    optimizer: Literal["adamw", "adam", "sgd", "adafactor", "lion"] = "adamw"
+    """AdamW and Adam correct the bias of their early moments."""
+
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay (adamw, lion, sgd, adafactor)."""
+
+    max_grad_norm: PositiveFloat | None = 1.0
+    """Gradients are scaled down to this global norm; None never clips."""
+
+    gradient_checkpointing: bool = False
+    """Recompute each layer in the backward pass: less memory, more time."""
+
+    seed: NonNegativeInt = 0
+    """Everything random is a function of this and of the step."""
+
+    steps_per_report: PositiveInt = 10
+    """Optimizer updates between two report lines."""
+
+    steps_per_validation: PositiveInt = 200
+    """Optimizer updates between two validations; one more is made at the end."""
+
+    steps_per_checkpoint: PositiveInt = 200
+    """Optimizer updates between two checkpoints."""
+
+    keep_checkpoints: PositiveInt = 3
+    """The newest so many are kept, and the best."""
+
+    early_stopping_patience: PositiveInt | None = None
+    """Stop after so many validations without a new best."""
+
+    memory_budget_gib: PositiveFloat | None = None
+    """Warn when the process footprint passes this; None is the device's own limit. 1 GiB is 1024³ bytes."""
+
+    compile: bool | None = None
+    """Trace the step with mx.compile. None: yes on a GPU, no on the CPU, where compiling kernels costs more."""
+
+
+class RunConfig(Config):
+    """A whole run."""
+
+    model: ModelConfig = ModelConfig()
+    quantization: QuantizationConfig = QuantizationConfig()
+    lora: LoraConfig = LoraConfig()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+
+
+def build_config(*trees: dict[str, Any], where: str = "configuration") -> RunConfig:
+    """One RunConfig from trees of keys; a later tree wins, key by key.
+
+    Raises:
+        ConfigError: any key is unknown or any value does not fit; all of them are listed.
+    """
+    merged: dict[str, Any] = {}
+    for tree in trees:
+        merged = merge_trees(merged, tree)
+    try:
+        return RunConfig.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError(
+            f"The configuration has {error.error_count()} problem(s):\n{listed(_problems(error))}",
+            where=where,
+            run="mlx-qlora presets --yaml auto   # prints a valid configuration",
+        ) from None
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The tree of keys in a YAML file.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or holds no mapping.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"Cannot read the configuration: {error.strerror}", where=str(path)) from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"The configuration is not valid YAML: {error}", where=str(path)) from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError("The configuration is not a mapping of keys.", where=str(path))
+    return tree
+
+
+def parse_assignment(assignment: str) -> dict[str, Any]:
+    """The tree of one ``a.b=value``; the value is read as YAML.
+
+    Raises:
+        ConfigError: there is no ``=`` or the value is not YAML.
+    """
+    keys, separator, text = assignment.partition("=")
+    if not separator or not keys.strip():
+        raise ConfigError(
+            f"--set takes key=value, not {assignment!r}.", run="mlx-qlora train --set lora.rank=16 …"
+        )
+    try:
+        tree: Any = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"The value is not valid YAML: {error}", where=f"--set {assignment}") from None
+    for key in reversed(keys.strip().split(".")):
+        tree = {key: tree}
+    return tree
+
+
+def merge_trees(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `over`, mappings merged key by key."""
+    merged = dict(base)
+    for key, value in over.items():
+        both_are_trees = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge_trees(merged[key], value) if both_are_trees else value
+    return merged
+
+
+def difference(old: Config, new: Config) -> list[str]:
+    """One line per key whose value differs: ``lora.rank: 8 → 16``."""
+    before, after = _flat(old.model_dump()), _flat(new.model_dump())
+    return [
+        f"{key}: {before.get(key)} → {after.get(key)}"
+        for key in dict.fromkeys([*before, *after])
+        if before.get(key) != after.get(key)
+    ]
+
+
+def to_yaml(config: Config) -> str:
+    """The configuration as YAML, keys in their documented order."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _problems(error: ValidationError) -> list[str]:
+    lines = []
+    for problem in error.errors():
+        key = ".".join(map(str, problem["loc"]))
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"{key}: no such key; there are {', '.join(_known_keys(problem['loc'][:-1]))}")
+        else:
+            lines.append(f"{key}: {problem['msg']} (got {problem['input']!r})")
+    return lines
+
+
+def _known_keys(path: tuple[int | str, ...]) -> list[str]:
+    config: type[BaseModel] = RunConfig
+    for key in path:
+        annotation = config.model_fields[str(key)].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            break
+        config = annotation
+    return list(config.model_fields)
