@@ -1,0 +1,96 @@
+"""The `mlx-qlora` command. Only the sub-command that runs is imported."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from typing import Any
+
+import click
+import typer
+from typer.core import TyperGroup
+from typer.main import get_command_from_info
+from typer.models import CommandInfo
+
+from mlx_qlora.errors import MlxQloraError
+
+COMMANDS = {
+    "demo": "quantize, train and ask the embedded model: the whole job in a minute",
+    "presets": "settings for Macs with 8, 16 and 32 GB",
+    "quantize": "turn a 16-bit checkpoint into a quantized one, tensor by tensor",
+    "train": "train an adapter on your data; stops and resumes at any moment",
+    "infer": "ask one question",
+    "evaluate": "loss, perplexity and exact match of a base model and its adapter",
+}
+
+
+class LazyGroup(TyperGroup):
+    """Finds a sub-command in the module of its name, when it is asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002
+        """Names in the order of a user's day."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002
+        """The sub-command, imported now; None when there is none of that name."""
+        return load_command(cmd_name) if cmd_name in COMMANDS else None
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002
+        """The list in --help, without importing any of them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+def load_command(name: str) -> Any:
+    """The click command `name`, from the function of that name in ``mlx_qlora.commands.<name>``."""
+    function = getattr(import_module(f"mlx_qlora.commands.{name.replace('-', '_')}"), name.replace("-", "_"))
+    info = CommandInfo(name=name, callback=function)
+    return get_command_from_info(info, pretty_exceptions_short=True, rich_markup_mode=None)
+
+
+app = typer.Typer(
+    cls=LazyGroup,
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    add_completion=True,
+    help="QLoRA on a Mac: quantize, train and use adapters in the memory you have.",
+    epilog="Begin with: mlx-qlora demo",
+)
+
+
+@app.callback()
+def root() -> None:
+    """Options that all commands share would stand here."""
+
+
+def run(command: Any, arguments: list[str] | None = None) -> int:
+    """Run a click command; the exit code is 0, 2 for the user's mistakes, 1 for ours, 128 + n for signal n."""
+    try:
+        result = command.main(args=arguments, standalone_mode=False)
+    except MlxQloraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.exceptions.Abort:
+        return 130
+    except click.ClickException as error:
+        error.show(file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return result if isinstance(result, int) else 0
+
+
+def main() -> None:
+    """Entry point of ``mlx-qlora``."""
+    sys.exit(run(typer.main.get_command(app)))
+
+
+if __name__ == "__main__":
+    main()

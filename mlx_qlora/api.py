@@ -1,0 +1,135 @@
+"""The Python interface: what a notebook needs, in six functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mlx_qlora.config import QuantizationConfig, RunConfig, build_config
+from mlx_qlora.dataset import Example, in_order, render_prompt
+from mlx_qlora.errors import ConfigError
+from mlx_qlora.inference.generate import Sampling, generate_pieces, load_assistant
+from mlx_qlora.objective.evaluate import Evaluation
+from mlx_qlora.objective.evaluate import evaluate as evaluate_batches
+from mlx_qlora.quantization.schemes import resolve
+from mlx_qlora.training.events import Observer
+from mlx_qlora.training.report import ProgressDisplay
+from mlx_qlora.training.run import TrainedRun, resumed_config
+from mlx_qlora.training.run import train as train_run
+from mlx_qlora.weights.source import resolve_model
+from mlx_qlora.weights.stream import QuantizeResult, quantize_checkpoint
+
+Progress = Callable[[int, int], None]
+
+
+def load(
+    model: str | None = None,
+    *,
+    adapter_path: str | Path | None = None,
+    quantization: str | QuantizationConfig | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    on_bytes: Progress | None = None,
+) -> tuple[Any, Any]:
+    """A model and its tokenizer, ready to generate or, with mlx-lm's own functions, for anything else.
+
+    Args:
+        model: Hub id or folder; None takes the adapter's own.
+        adapter_path: Folder of an adapter to attach.
+        quantization: A scheme's name (``int4``) or a whole configuration. The quantized model is kept in
+            the user's cache and found again. None: the adapter's own, or the checkpoint as it is.
+        on_bytes: Called with (done, total) bytes while quantizing.
+
+    Raises:
+        MlxQloraError: the model or the adapter cannot be used; the message says what to do.
+    """
+    stored = QuantizationConfig(scheme=quantization) if isinstance(quantization, str) else quantization
+    assistant = load_assistant(
+        model,
+        adapter_path=adapter_path,
+        quantization=stored,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        on_bytes=on_bytes,
+    )
+    assistant.model.system_prompt = assistant.adapter.system_prompt if assistant.adapter else None
+    return assistant.model, assistant.tokenizer
+
+
+def generate(model: Any, tokenizer: Any, prompt: str, *, system: str | None = None, **sampling: Any) -> str:
+    """The answer to one question, as text.
+
+    Args:
+        sampling: max_tokens, temperature, top_p, seed (see `Sampling`).
+    """
+    return "".join(stream(model, tokenizer, prompt, system=system, **sampling))
+
+
+def stream(
+    model: Any, tokenizer: Any, prompt: str, *, system: str | None = None, **sampling: Any
+) -> Iterator[str]:
+    """The answer to one question, piece by piece; the prompt is rendered as in training.
+
+    Args:
+        system: System prompt; None takes the one the adapter was trained with, if any.
+    """
+    system = system if system is not None else getattr(model, "system_prompt", None)
+    tokens = render_prompt(tokenizer, [{"role": "user", "content": prompt}], system)
+    for piece, _ in generate_pieces(model, tokenizer, tokens, Sampling(**sampling)):
+        yield piece
+
+
+def quantize(
+    model: str,
+    output: str | Path,
+    quantization: str | QuantizationConfig = "int4",
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    on_bytes: Progress | None = None,
+) -> QuantizeResult:
+    """Write a quantized copy of a checkpoint, without ever holding the model in memory."""
+    config = QuantizationConfig(scheme=quantization) if isinstance(quantization, str) else quantization
+    source = resolve_model(model, revision, trust_remote_code)
+    scheme = resolve(config)
+    if scheme is None:
+        raise ConfigError(f"{config.scheme} is no quantization.", run="mlx-qlora quantize --help")
+    return quantize_checkpoint(source, Path(output), scheme, config.skip_modules, on_bytes=on_bytes)
+
+
+def train(
+    config: RunConfig | dict[str, Any],
+    adapter_path: str | Path,
+    *,
+    resume: bool = False,
+    observers: Iterable[Observer] | None = None,
+    on_bytes: Progress | None = None,
+) -> TrainedRun:
+    """Train an adapter; see `mlx_qlora.training.run.train`.
+
+    Args:
+        config: A RunConfig, or a tree of its keys.
+        resume: Go on if a run was begun in `adapter_path`; begin otherwise.
+        observers: Told every event; None shows progress on standard error.
+    """
+    run = build_config(config) if isinstance(config, dict) else config
+    is_begun = (Path(adapter_path) / "run.yaml").is_file()
+    watching = [ProgressDisplay(run.training.steps_per_report)] if observers is None else list(observers)
+    return train_run(run, adapter_path, resume=resume and is_begun, observers=watching, on_bytes=on_bytes)
+
+
+def evaluate(model: Any, examples: list[Example], *, batch_size: int = 4) -> Evaluation:
+    """Token-weighted loss of a model on rendered rows (`TrainedRun.dataset.valid`, say)."""
+    return evaluate_batches(model, in_order(examples, batch_size))
+
+
+__all__ = [
+    "evaluate",
+    "generate",
+    "load",
+    "quantize",
+    "resumed_config",
+    "stream",
+    "train",
+]

@@ -1,0 +1,69 @@
+"""How commands speak: one JSON object on stdout, or text; everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from tqdm import tqdm
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, nothing else.")]
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One object; numbers that JSON does not know become null."""
+    print(json.dumps(_plain(value), ensure_ascii=False))
+
+
+def say(text: str = "") -> None:
+    """A line for a person, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def gigabytes(num_bytes: float) -> str:
+    """Bytes as a person reads them, in powers of 1024: 812 MiB, 4.1 GiB."""
+    mib = num_bytes / 1024**2
+    return f"{mib / 1024:.2f} GiB" if mib >= 1024 else f"{mib:.1f} MiB"
+
+
+class ByteProgress:
+    """Shows (done, total) bytes: a bar on a terminal, a plain line each tenth off it."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self._bar: Any = None
+        self._tenth = -1
+
+    def __call__(self, done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            self._on_terminal(done, total)
+        elif total and done * 10 // total > self._tenth:
+            self._tenth = done * 10 // total
+            say(f"{self.label}: {gigabytes(done)} of {gigabytes(total)}")
+
+    def _on_terminal(self, done: int, total: int) -> None:
+        if self._bar is None:
+            self._bar = tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=self.label)
+        self._bar.update(done - self._bar.n)
+        if done >= total:
+            self._bar.close()
+
+
+def on_bytes(label: str) -> Callable[[int, int], None]:
+    """A progress callback for long reads."""
+    return ByteProgress(label)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,80 @@
+"""``mlx-qlora train``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mlx_qlora.commands.output import Json, gigabytes, on_bytes, print_json, say
+from mlx_qlora.config import build_config, parse_assignment, read_config
+from mlx_qlora.presets import preset as preset_tree
+
+
+def train(
+    adapter_path: Annotated[Path, typer.Option(help="Folder for the adapter and its checkpoints.")],
+    config: Annotated[Path | None, typer.Option(help="YAML file with the run's configuration.")] = None,
+    model: Annotated[str | None, typer.Option(help="Hub id or folder of the base model.")] = None,
+    data: Annotated[str | None, typer.Option(help="Folder, .jsonl or .csv file, or hub data set.")] = None,
+    preset: Annotated[str | None, typer.Option(help="mac-8gb, mac-16gb, mac-32gb or auto.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    skip_bad_rows: Annotated[
+        bool, typer.Option("--skip-bad-rows", help="Go on without unusable rows.")
+    ] = False,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", help="One key: --set training.learning_rate=1e-4")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train an adapter on your data.
+
+    Example: mlx-qlora train --model mistralai/Mistral-7B-v0.1 --data data/farense --preset mac-16gb
+    --adapter-path adapters/farense
+
+    Later wins: preset, --config, --model and --data, --set. Stop it at any time; the same command with
+    --resume goes on, and the result is the one of a run that was never stopped.
+    """
+    from mlx_qlora.training.report import ProgressDisplay
+    from mlx_qlora.training.run import resumed_config
+    from mlx_qlora.training.run import train as train_adapter
+
+    can_begin = model is not None or config is not None
+    if resume and not (can_begin and not (adapter_path / "run.yaml").exists()):
+        begun = resumed_config(adapter_path).model_dump(mode="json")
+    else:
+        begun = {} if preset or config else preset_tree("auto")
+    trees = _trees(preset, config, model, data, skip_bad_rows, assignments or [])
+    run = build_config(begun, *trees, where="command line")
+    display = ProgressDisplay(run.training.steps_per_report)
+    result = train_adapter(
+        run, adapter_path, resume=resume, observers=[display], on_bytes=on_bytes("Quantizing")
+    ).finished
+    if as_json:
+        print_json(asdict(result))
+        return
+    say()
+    say(f"Trained {result.steps} steps, {result.tokens} tokens, in {result.seconds:.0f} s")
+    say(f"  train loss  {result.train_loss_nats:.4f} nats per token")
+    if result.val_loss_nats is not None:
+        say(f"  val loss    {result.val_loss_nats:.4f} nats per token (best, step {result.best_step})")
+    say(f"  peak memory {gigabytes(result.peak_memory_bytes)}")
+    say(f"  adapter     {result.adapter_path}")
+    say(f'Run: python -m mlx_qlora.infer "…" --adapter-path {adapter_path}')
+
+
+def _trees(
+    preset: str | None,
+    config: Path | None,
+    model: str | None,
+    data: str | None,
+    skip_bad_rows: bool,
+    assignments: list[str],
+) -> list[dict[str, Any]]:
+    trees = [preset_tree(preset)] if preset else []
+    trees += [read_config(config)] if config else []
+    trees += [{"model": {"path": model}}] if model else []
+    trees += [{"data": {"path": data}}] if data else []
+    trees += [{"data": {"skip_bad_rows": True}}] if skip_bad_rows else []
+    return trees + [parse_assignment(assignment) for assignment in assignments]

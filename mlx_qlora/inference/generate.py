@@ -1,0 +1,172 @@
+"""Load a base with its adapter, and answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+
+from mlx_qlora.config import ModelConfig, QuantizationConfig
+from mlx_qlora.dataset import ensure_chat_template, render_prompt
+from mlx_qlora.errors import AdapterError, ConfigError
+from mlx_qlora.lora.adapter import AdapterInfo, load_adapter, read_adapter_info
+from mlx_qlora.weights.loader import BaseModel, load_base
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen. Temperature 0 always takes the likeliest."""
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        problems = [
+            message
+            for is_wrong, message in (
+                (self.max_tokens < 1, f"max_tokens must be at least 1, not {self.max_tokens}"),
+                (
+                    not 0 <= self.temperature < float("inf"),
+                    f"temperature must be ≥ 0, not {self.temperature}",
+                ),
+                (not 0 < self.top_p <= 1, f"top_p must be in (0, 1], not {self.top_p}"),
+            )
+            if is_wrong
+        ]
+        if problems:
+            raise ConfigError("; ".join(problems) + ".", run="mlx-qlora infer --help")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One generated text and what it took."""
+
+    text: str
+    prompt_tokens: int
+    generation_tokens: int
+    first_token_seconds: float
+    """From the call to the first token; loading is not in it."""
+    tokens_per_second: float
+    """Of generation, after the first token."""
+    finish_reason: str
+    """stop: the model ended its turn; length: max_tokens were reached."""
+
+
+@dataclass(frozen=True)
+class Assistant:
+    """A base model, with its adapter if any, that answers conversations."""
+
+    base: BaseModel
+    adapter: AdapterInfo | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The module tree, adapter attached."""
+        return self.base.model
+
+    @property
+    def tokenizer(self) -> Any:
+        """mlx-lm's tokenizer wrapper, with the chat template the adapter was trained with."""
+        return self.base.tokenizer
+
+    def ask(self, question: str, *, system: str | None = None, sampling: Sampling | None = None) -> Answer:
+        """One answer to one question."""
+        pieces = list(self.stream([{"role": "user", "content": question}], system=system, sampling=sampling))
+        return pieces[-1][1]
+
+    def stream(
+        self,
+        messages: Sequence[dict[str, str]],
+        *,
+        system: str | None = None,
+        sampling: Sampling | None = None,
+    ) -> Iterator[tuple[str, Answer]]:
+        """The answer to a conversation, piece by piece; with each piece, the whole answer so far."""
+        system_prompt = (
+            system if system is not None else (self.adapter.system_prompt if self.adapter else None)
+        )
+        prompt = render_prompt(self.tokenizer, list(messages), system_prompt)
+        yield from generate_pieces(self.model, self.tokenizer, prompt, sampling or Sampling())
+
+
+def load_assistant(
+    model: str | None = None,
+    *,
+    adapter_path: str | Path | None = None,
+    quantization: QuantizationConfig | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    on_bytes: Callable[[int, int], None] | None = None,
+) -> Assistant:
+    """Load a base model and, when given, the adapter that belongs to it.
+
+    Args:
+        model: Hub id or folder; None takes the adapter's own.
+        adapter_path: Folder of the adapter.
+        quantization: How the base is stored; None is the adapter's own, or the checkpoint as it is.
+        on_bytes: Called with (done, total) while the base is being quantized.
+
+    Raises:
+        MlxQloraError: nothing to load, or the adapter belongs to another base.
+    """
+    info = read_adapter_info(Path(adapter_path)) if adapter_path is not None else None
+    if model is None and info is None:
+        raise ConfigError("There is no model to ask.", run='mlx-qlora infer "…" --adapter-path adapters/NAME')
+    model_config = _model_config(model, revision, info, trust_remote_code=trust_remote_code)
+    stored = quantization or (info.quantization if info else QuantizationConfig(scheme="none"))
+    base = load_base(model_config, stored, on_bytes=on_bytes)
+    ensure_chat_template(base.tokenizer, info.chat_template if info else None)
+    if info is not None and adapter_path is not None:
+        load_adapter(base.model, Path(adapter_path), info, fingerprint=base.fingerprint)
+    base.model.eval()
+    return Assistant(base, info)
+
+
+def _model_config(
+    model: str | None, revision: str | None, info: AdapterInfo | None, *, trust_remote_code: bool
+) -> ModelConfig:
+    if model is not None:
+        return ModelConfig(path=model, revision=revision, trust_remote_code=trust_remote_code)
+    if info is None or info.model.path is None:
+        raise AdapterError(
+            "The adapter does not say which base model it belongs to.", run="mlx-qlora infer --model M …"
+        )
+    return info.model.model_copy(update={"trust_remote_code": trust_remote_code})
+
+
+def generate_pieces(
+    model: nn.Module, tokenizer: Any, prompt: list[int], sampling: Sampling
+) -> Iterator[tuple[str, Answer]]:
+    """The continuation of `prompt` (token ids), piece by piece; with each piece, the whole so far.
+
+    Generation itself is mlx-lm's.
+    """
+    import mlx.core as mx
+    from mlx_lm.generate import stream_generate
+    from mlx_lm.sample_utils import make_sampler
+
+    if sampling.seed is not None:
+        mx.random.seed(sampling.seed)
+    sampler = make_sampler(temp=sampling.temperature, top_p=sampling.top_p if sampling.top_p < 1 else 0.0)
+    started, first, text = time.perf_counter(), None, ""
+    responses = stream_generate(model, tokenizer, prompt, max_tokens=sampling.max_tokens, sampler=sampler)
+    for response in responses:
+        first = first if first is not None else time.perf_counter() - started
+        text += response.text
+        yield (
+            response.text,
+            Answer(
+                text=text,
+                prompt_tokens=len(prompt),
+                generation_tokens=response.generation_tokens,
+                first_token_seconds=first,
+                tokens_per_second=response.generation_tps,
+                finish_reason=response.finish_reason or "",
+            ),
+        )

@@ -1,0 +1,173 @@
+"""Adapters on disk: mlx-lm's own two files, plus what is needed to find and check the base again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from pydantic import ValidationError
+
+from mlx_qlora.config import Config, LoraConfig, ModelConfig, QuantizationConfig
+from mlx_qlora.errors import AdapterError, MlxQloraError, listed
+from mlx_qlora.lora.attach import attach, layer_index
+from mlx_qlora.lora.layers import lora_scale
+from mlx_qlora.storage import read_json, write_json, write_tensors
+from mlx_qlora.weights.shards import read_header
+
+WEIGHTS, CONFIG, OURS = "adapters.safetensors", "adapter_config.json", "mlx_qlora"
+FORMAT_VERSION = 1
+
+
+class AdapterInfo(Config):
+    """What an adapter remembers of its training; stored under ``mlx_qlora`` in adapter_config.json."""
+
+    format_version: int = FORMAT_VERSION
+    model: ModelConfig
+    """The base as it was asked for; `path` is a hub id or an absolute folder."""
+    quantization: QuantizationConfig
+    lora: LoraConfig
+    system_prompt: str | None = None
+    """Put before every conversation in training, and again in inference."""
+    fingerprint: str
+    """Of the unquantized base weights."""
+    chat_template: str
+    chat_template_sha256: str
+
+    def check_template(self) -> None:
+        """Raise AdapterError if the stored chat template is not the one that was hashed."""
+        if text_sha256(self.chat_template) != self.chat_template_sha256:
+            raise AdapterError("The adapter's chat template was changed after training.", where=CONFIG)
+
+
+def text_sha256(text: str) -> str:
+    """Hexadecimal digest of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, mx.array]:
+    """The trained tensors of a model, by path: ``….q_proj.lora_a`` (in, rank), ``….lora_b`` (rank, out)."""
+    return dict(tree_flatten(model.trainable_parameters()))
+
+
+def save_adapter(folder: Path, tensors: Mapping[str, mx.array], info: AdapterInfo, num_layers: int) -> None:
+    """Write an adapter that mlx-lm loads too; each file is replaced by one rename.
+
+    Args:
+        num_layers: Blocks in the base model.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / WEIGHTS, tensors, {"format": "mlx"})
+    write_json(folder / CONFIG, _config_for_mlx_lm(tensors, info, num_layers))
+
+
+def read_adapter_info(folder: Path) -> AdapterInfo:
+    """What the adapter in `folder` remembers.
+
+    Raises:
+        AdapterError: there is no adapter, it is broken, or it was made by another tool.
+    """
+    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+    if missing:
+        there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+        raise AdapterError(
+            f"There is no adapter here: {' and '.join(missing)} missing; there is {', '.join(there) or 'nothing'}.",
+            where=str(folder),
+            run=f"mlx-qlora train --model M --data D --adapter-path {folder}",
+        )
+    try:
+        tree = read_json(folder / CONFIG)
+        info = AdapterInfo.model_validate(tree[OURS])
+    except KeyError:
+        raise AdapterError(
+            "This adapter was not made by mlx_qlora: it does not say which base model it belongs to.",
+            where=str(folder / CONFIG),
+            run=f'python -m mlx_lm generate --model M --adapter-path {folder} --prompt "…"',
+        ) from None
+    except (OSError, ValueError, TypeError, ValidationError, RecursionError) as error:
+        raise AdapterError(
+            f"The adapter's configuration is broken: {error}", where=str(folder / CONFIG)
+        ) from None
+    info.check_template()
+    return info
+
+
+def load_adapter(model: nn.Module, folder: Path, info: AdapterInfo, *, fingerprint: str) -> None:
+    """Attach the adapter in `folder` to a freshly loaded base model.
+
+    Args:
+        fingerprint: Of the base that was loaded.
+
+    Raises:
+        AdapterError: the base is another one, or tensors are missing, left over or of another shape.
+    """
+    if fingerprint != info.fingerprint:
+        raise AdapterError(
+            f"{folder} was trained on {info.model.path}, and the base model given has other weights "
+            f"({fingerprint[:19]}…, not {info.fingerprint[:19]}…).",
+            run=f'python -m mlx_qlora.infer "…" --model {info.model.path} --adapter-path {folder}',
+        )
+    try:
+        attach(model, info.lora, seed=0)
+        read_header(folder / WEIGHTS)
+    except MlxQloraError as error:
+        raise AdapterError(
+            f"The adapter does not load: {error.what}", where=error.where or str(folder)
+        ) from None
+    set_adapter_tensors(model, mx.load(str(folder / WEIGHTS)), where=str(folder / WEIGHTS))
+
+
+def set_adapter_tensors(model: nn.Module, tensors: Mapping[str, mx.array], *, where: str) -> None:
+    """Put trained tensors into a model that has their low-rank layers attached.
+
+    Raises:
+        AdapterError: names or shapes differ; all differences are listed.
+    """
+    expected = adapter_tensors(model)
+    problems = [f"{name}: missing" for name in expected if name not in tensors]
+    problems += [f"{name}: not in the model" for name in tensors if name not in expected]
+    problems += [
+        f"{name}: {tuple(tensors[name].shape)}, not {tuple(array.shape)}"
+        for name, array in expected.items()
+        if name in tensors and tensors[name].shape != array.shape
+    ]
+    if problems:
+        raise AdapterError(f"The adapter does not fit this model:\n{listed(problems)}", where=where)
+    model.load_weights([(name, a.astype(mx.float32)) for name, a in tensors.items()], strict=False)
+    mx.eval(model.trainable_parameters())
+
+
+def _config_for_mlx_lm(tensors: Mapping[str, mx.array], info: AdapterInfo, num_layers: int) -> dict[str, Any]:
+    paths = list(dict.fromkeys(name.rsplit(".", 1)[0] for name in tensors))
+    keys, count = _mlx_lm_keys(paths, num_layers)
+    return {
+        "fine_tune_type": "lora",
+        "model": info.model.path,
+        "num_layers": count,
+        "lora_parameters": {
+            "rank": info.lora.rank,
+            "scale": lora_scale(info.lora.alpha, info.lora.rank),
+            "dropout": info.lora.dropout,
+            "keys": keys,
+        },
+        OURS: info.model_dump(mode="json"),
+    }
+
+
+def _mlx_lm_keys(paths: list[str], num_layers: int) -> tuple[list[str], int]:
+    """mlx-lm names layers within a block and counts blocks from the end; other choices need full paths."""
+    within: dict[int, list[str]] = {}
+    for path in paths:
+        index = layer_index(path)
+        if index is None:
+            return paths, num_layers
+        within.setdefault(index, []).append(path.split(f".{index}.", 1)[1])
+    first = min(within)
+    is_uniform = list(sorted(within)) == list(range(first, num_layers)) and all(
+        sorted(names) == sorted(within[first]) for names in within.values()
+    )
+    return (within[first], num_layers - first) if is_uniform else (paths, num_layers)

@@ -1,0 +1,247 @@
+"""A whole training run: base model, data, trainer, and the folder that people ship."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from mlx_qlora.config import RunConfig, build_config, read_config, to_yaml
+from mlx_qlora.dataset import Batches, Dataset, Example, in_order, load_dataset, template_of
+from mlx_qlora.errors import CheckpointError, ConfigError
+from mlx_qlora.lora.adapter import WEIGHTS, AdapterInfo, save_adapter, text_sha256
+from mlx_qlora.lora.attach import attach
+from mlx_qlora.memory.limits import memory_limits
+from mlx_qlora.memory.monitor import MemoryMonitor
+from mlx_qlora.storage import said_clearly, sweep, write_text
+from mlx_qlora.training.checkpoint import CheckpointStore, RunIdentity
+from mlx_qlora.training.events import Observer, RunFinished, RunStarted
+from mlx_qlora.training.guard import stop_on_signals
+from mlx_qlora.training.optimizer import build_optimizer, warmup_length
+from mlx_qlora.training.recompute import recomputed
+from mlx_qlora.training.report import MetricsLog, write_report
+from mlx_qlora.training.trainer import Trainer, fan_out
+from mlx_qlora.weights.loader import BaseModel, load_base
+
+RUN_FILE, METRICS, CHECKPOINTS = "run.yaml", "metrics.jsonl", "checkpoints"
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A finished run, with the model still in memory."""
+
+    finished: RunFinished
+    base: BaseModel
+    dataset: Dataset
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What one run is put together from."""
+
+    config: RunConfig
+    folder: Path
+    base: BaseModel
+    dataset: Dataset
+    observers: Sequence[Observer]
+    monitor: MemoryMonitor = field(default_factory=MemoryMonitor)
+
+
+def train(
+    config: RunConfig,
+    adapter_path: str | Path,
+    *,
+    resume: bool = False,
+    observers: Iterable[Observer] = (),
+    on_bytes: Callable[[int, int], None] | None = None,
+) -> TrainedRun:
+    """Train an adapter and leave it in `adapter_path`, with its metrics, curve and report.
+
+    Args:
+        config: The run. To go on with one, read it back with `resumed_config`.
+        resume: Go on from the newest whole checkpoint, or begin where there is none yet; the result is
+            that of a run never interrupted.
+        observers: Told every event, in order.
+        on_bytes: Called with (done, total) while the base is being quantized.
+
+    Raises:
+        MlxQloraError: the model, the data, the checkpoint or the disk is not as it must be.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint was saved.
+    """
+    config, folder = with_absolute_paths(config), Path(adapter_path).resolve()
+    _check_folder(folder, resume=resume)
+    base = load_base(config.model, config.quantization, on_bytes=on_bytes)
+    dataset = load_dataset(config.data, base.tokenizer, config.training.seed)
+    attach(base.model, config.lora, config.training.seed)
+    parts = _Parts(config, folder, base, dataset, tuple(observers))
+    with memory_limits(parts.monitor.budget_bytes(config.training.memory_budget_gib)):
+        finished = _run(parts, resume=resume)
+    return TrainedRun(finished, base, dataset)
+
+
+def resumed_config(adapter_path: str | Path) -> RunConfig:
+    """The configuration that the run in `adapter_path` was started with.
+
+    Raises:
+        CheckpointError: no run was started there.
+    """
+    path = Path(adapter_path) / RUN_FILE
+    if not path.is_file():
+        raise CheckpointError(
+            "There is no run to resume here.",
+            where=str(path),
+            run=f"mlx-qlora train --model M --data D --adapter-path {adapter_path}",
+        )
+    return build_config(read_config(path), where=str(path))
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The same run, whatever folder it is resumed from; hub ids stay as they are.
+
+    Raises:
+        ConfigError: there is no model or no data.
+    """
+    for part, option in ((config.model, "--model"), (config.data, "--data")):
+        if part.path is None:
+            raise ConfigError(f"The run has no {option[2:]}.", run=f"mlx-qlora train {option} …")
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"path": _absolute(config.model.path)}),
+            "data": config.data.model_copy(update={"path": _absolute(config.data.path)}),
+        }
+    )
+
+
+def data_fingerprint(dataset: Dataset) -> str:
+    """Digest of all tokens and targets a run trains and validates on."""
+    digest = hashlib.sha256()
+    for examples in (dataset.train, dataset.valid):
+        digest.update(len(examples).to_bytes(8, "little"))
+        for example in examples:
+            digest.update(len(example.tokens).to_bytes(8, "little"))
+            digest.update(example.tokens.tobytes())
+            digest.update(example.targets_mask.tobytes())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _run(parts: _Parts, *, resume: bool) -> RunFinished:
+    training, folder = parts.config.training, parts.folder
+    started = time.perf_counter()
+    identity = RunIdentity(parts.config, parts.base.fingerprint, data_fingerprint(parts.dataset))
+    checkpoints = CheckpointStore(folder / CHECKPOINTS, identity, training.keep_checkpoints)
+    metrics = MetricsLog(folder / METRICS)
+    emit = fan_out([metrics, *parts.observers])
+    layers = list(parts.base.model.layers)
+    with stop_on_signals() as stop, recomputed(layers, enabled=training.gradient_checkpointing):
+        trainer = Trainer(
+            parts.base.model.train(),
+            build_optimizer(training),
+            Batches(parts.dataset.train, training.batch_size, training.gradient_accumulation, training.seed),
+            list(in_order(_validation_rows(parts), training.batch_size)),
+            training,
+            checkpoints=checkpoints,
+            publish=_publisher(parts),
+            emit=emit,
+            monitor=parts.monitor,
+            stop=stop,
+        )
+        notes = _restore(trainer, checkpoints, metrics) if resume and checkpoints.steps() else _begin(parts)
+        emit(_run_started(trainer, parts, notes))
+        first_tokens = trainer.progress.tokens
+        trainer.run()
+    parts.base.model.eval()
+    finished = _finished(trainer, parts, seconds=time.perf_counter() - started, first_tokens=first_tokens)
+    emit(finished)
+    write_report(folder, parts.config, parts.dataset.report.lines())
+    return finished
+
+
+def _restore(trainer: Trainer, checkpoints: CheckpointStore, metrics: MetricsLog) -> list[str]:
+    checkpoint, broken = checkpoints.load_newest()
+    checkpoints.drop_after(checkpoint.progress.step)
+    trainer.restore(checkpoint)
+    metrics.truncate_after(checkpoint.progress.step)
+    return [f"resumed from {checkpoint.path.name}", *(f"passed over {reason}" for reason in broken)]
+
+
+def _begin(parts: _Parts) -> list[str]:
+    with said_clearly(parts.folder):
+        (parts.folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        (parts.folder / METRICS).unlink(missing_ok=True)
+    sweep(parts.folder)
+    write_text(parts.folder / RUN_FILE, to_yaml(parts.config))
+    return []
+
+
+def _run_started(trainer: Trainer, parts: _Parts, notes: list[str]) -> RunStarted:
+    model, training = parts.base.model, parts.config.training
+    warmup = warmup_length(training, trainer.total_steps)
+    if warmup != training.warmup_steps:
+        notes.append(
+            f"warm-up: {warmup} of {trainer.total_steps} steps (warmup_steps is longer than the run)"
+        )
+    return RunStarted(
+        first_step=trainer.progress.step,
+        total_steps=trainer.total_steps,
+        steps_per_epoch=trainer.batches.steps_per_epoch,
+        num_examples=len(parts.dataset.train),
+        trainable_parameters=sum(a.size for _, a in tree_flatten(model.trainable_parameters())),
+        total_parameters=parts.base.num_parameters,
+        notes=(*notes, *parts.dataset.report.lines()),
+    )
+
+
+def _publisher(parts: _Parts) -> Callable[[Mapping[str, mx.array]], None]:
+    config, template = parts.config, template_of(parts.base.tokenizer)
+    info = AdapterInfo(
+        model=config.model,
+        quantization=config.quantization,
+        lora=config.lora,
+        system_prompt=config.data.system_prompt,
+        fingerprint=parts.base.fingerprint,
+        chat_template=template,
+        chat_template_sha256=text_sha256(template),
+    )
+    return lambda tensors: save_adapter(parts.folder, tensors, info, num_layers=len(parts.base.model.layers))
+
+
+def _finished(trainer: Trainer, parts: _Parts, *, seconds: float, first_tokens: int) -> RunFinished:
+    progress = trainer.progress
+    has_validation = progress.best_loss is not None
+    return RunFinished(
+        steps=progress.step,
+        tokens=progress.tokens,
+        train_loss_nats=progress.epoch_nll / max(progress.epoch_target_tokens, 1),
+        val_loss_nats=progress.best_loss,
+        best_step=progress.best_step if has_validation else progress.step,
+        stopped_early=trainer.stopped_early,
+        skipped_updates=progress.skipped_updates,
+        seconds=seconds,
+        tokens_per_second=(progress.tokens - first_tokens) / seconds,
+        peak_memory_bytes=parts.monitor.peak_footprint_bytes,
+        adapter_path=parts.folder,
+    )
+
+
+def _validation_rows(parts: _Parts) -> list[Example]:
+    limit = parts.config.data.max_valid_examples
+    return parts.dataset.valid[:limit]
+
+
+def _check_folder(folder: Path, *, resume: bool) -> None:
+    holds_a_run = (folder / WEIGHTS).exists() or any((folder / CHECKPOINTS).glob("step-*"))
+    if holds_a_run and not resume:
+        raise CheckpointError(
+            "A run was already started here; nothing was touched.",
+            where=str(folder),
+            run=f"mlx-qlora train --resume --adapter-path {folder}   # goes on; or choose another --adapter-path",
+        )
+
+
+def _absolute(path: str | None) -> str | None:
+    return str(Path(path).resolve()) if path is not None and Path(path).exists() else path

@@ -1,0 +1,100 @@
+"""One optimizer update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_map
+
+from mlx_qlora.config import TrainingConfig
+from mlx_qlora.dataset.batches import Batch
+from mlx_qlora.lora.layers import lora_layers, set_dropout_keys
+from mlx_qlora.objective.loss import model_nll
+from mlx_qlora.training.optimizer import clipped, global_norm
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one update did."""
+
+    nll: float
+    """Summed over the update's target tokens, in nats."""
+    target_tokens: int
+    tokens: int
+    grad_norm: float
+    """Of the mean gradient, before clipping."""
+    skipped: bool
+    """True when loss or gradient was not finite: nothing was updated."""
+
+
+class TrainStep:
+    """Loss and gradient of each micro-batch, summed; one division; one update.
+
+    A step is the same however its examples are split into micro-batches, and it is a function of the
+    weights, the optimizer state, the batches, the seed and the step number alone.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: optim.Optimizer, config: TrainingConfig) -> None:
+        self.model, self.optimizer, self.config = model, optimizer, config
+        self._lora = lora_layers(model)
+        # State must exist before the first update: then a resumed run starts from the same arrays.
+        optimizer.init(model.trainable_parameters())
+        self._has_dropout = any(layer.dropout > 0 for layer in self._lora)
+        compiled = config.compile if config.compile is not None else mx.default_device() != mx.cpu
+        nll_and_grad = mx.value_and_grad(self._nll)
+        self._graph = mx.compile(nll_and_grad, inputs=[model.state]) if compiled else nll_and_grad
+
+    def __call__(self, batches: Sequence[Batch], step: int, learning_rate: float) -> Outcome:
+        """Do update `step` (counted from 1) at `learning_rate`."""
+        nll, grad, target_tokens = 0.0, None, 0
+        for index, batch in enumerate(batches):
+            arrays = map(mx.array, (batch.inputs_BT, batch.targets_BT, batch.mask_BT))
+            (part, _), part_grad = self._nll_and_grad(*arrays, self._dropout_keys(step, index))
+            grad = part_grad if grad is None else tree_map(mx.add, grad, part_grad)
+            mx.eval(part, grad)  # frees this micro-batch's activations
+            nll, target_tokens = nll + part.item(), target_tokens + batch.target_tokens
+        grad = tree_map(lambda g: g / max(target_tokens, 1), grad)
+        norm = global_norm(grad)
+        is_finite = math.isfinite(nll) and math.isfinite(norm.item()) and target_tokens > 0
+        if is_finite:
+            self._update(clipped(grad, norm, self.config.max_grad_norm), learning_rate)
+        tokens = sum(batch.tokens for batch in batches)
+        return Outcome(nll, target_tokens, tokens, norm.item(), skipped=not is_finite)
+
+    def _update(self, grad: Any, learning_rate: float) -> None:
+        self.optimizer.learning_rate = learning_rate
+        self.optimizer.update(self.model, grad)
+        mx.eval(self.model.trainable_parameters(), self.optimizer.state)
+
+    def _nll_and_grad(self, *arguments: mx.array) -> Any:
+        """((nll, tokens), gradients) of one micro-batch; no traced array stays behind in the model."""
+        trained = self.model.trainable_parameters()
+        try:
+            return self._graph(trained, *arguments)
+        finally:
+            self.model.update(trained)
+            set_dropout_keys(self._lora, None)
+
+    def _nll(
+        self, trained: Any, inputs: mx.array, targets: mx.array, mask: mx.array, keys: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        self.model.update(trained)
+        set_dropout_keys(self._lora, keys if self._has_dropout else None)
+        return model_nll(self.model, inputs, targets, mask)
+
+    def _dropout_keys(self, step: int, micro_batch: int) -> mx.array:
+        """One key per low-rank layer, (layers, 2) uint32: a function of seed, step and micro-batch."""
+        return mx.random.split(mixed_key(self.config.seed, step, micro_batch), max(len(self._lora), 1))
+
+
+def mixed_key(*numbers: int) -> mx.array:
+    """A random key from several numbers, mixed so that (1, 2) and (2, 1) are unrelated."""
+    word = np.random.SeedSequence(numbers).generate_state(1, np.uint32)[0]
+    return mx.random.key(int(word))

@@ -1,0 +1,269 @@
+"""The training loop. Everything around it is injected."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_qlora.config import TrainingConfig
+from mlx_qlora.dataset.batches import Batch, Batches
+from mlx_qlora.errors import CheckpointError, DivergenceError, Interrupted
+from mlx_qlora.lora.adapter import adapter_tensors, set_adapter_tensors
+from mlx_qlora.memory.monitor import MemoryMonitor
+from mlx_qlora.objective.evaluate import evaluate
+from mlx_qlora.training.checkpoint import Checkpoint, CheckpointStore, Progress
+from mlx_qlora.training.events import (
+    MemoryPressure,
+    Observer,
+    RolledBack,
+    Saved,
+    StepDone,
+    Validated,
+)
+from mlx_qlora.training.guard import BAD_UPDATES_IN_A_ROW, MAX_ROLLBACKS, StopRequest
+from mlx_qlora.training.optimizer import learning_rate_at
+from mlx_qlora.training.step import Outcome, TrainStep
+
+Publish = Callable[[Mapping[str, mx.array]], None]
+"""Writes the given tensors as the run's adapter."""
+
+
+class Trainer:
+    """Steps, validations, checkpoints and roll-backs of one run.
+
+    What the run computes is a function of the model, the batches and the configuration: neither
+    checkpoints nor interruptions change it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: optim.Optimizer,
+        batches: Batches,
+        validation: Sequence[Batch],
+        config: TrainingConfig,
+        *,
+        checkpoints: CheckpointStore,
+        publish: Publish,
+        emit: Observer,
+        monitor: MemoryMonitor,
+        stop: StopRequest,
+    ) -> None:
+        self.model, self.optimizer, self.batches, self.validation = model, optimizer, batches, validation
+        self.config, self.checkpoints, self.publish = config, checkpoints, publish
+        self.emit, self.monitor, self.stop = emit, monitor, stop
+        self.step = TrainStep(model, optimizer, config)
+        self.progress = Progress()
+        self.total_steps = total_steps(config, batches)
+        self.budget_bytes = monitor.budget_bytes(config.memory_budget_gib)
+        self._saved_step = -1
+
+    def run(self) -> Progress:
+        """Train to the end, publish the adapter that is kept, and say where the run stands.
+
+        Raises:
+            Interrupted: a signal asked to stop; a checkpoint was saved.
+            DivergenceError: the numbers stayed non-finite after every roll-back.
+        """
+        while True:
+            if self._validation_is_due():
+                self._validate()
+            if self._checkpoint_is_due():
+                self._save()
+            if self.is_finished:
+                break
+            self._stop_if_asked()
+            self._update()
+        self._publish_best()
+        return self.progress
+
+    @property
+    def is_finished(self) -> bool:
+        """All updates are done, or validation has stopped improving."""
+        return self.progress.step >= self.total_steps or self.stopped_early
+
+    @property
+    def stopped_early(self) -> bool:
+        """Validation has not improved for as long as the configuration allows."""
+        patience = self.config.early_stopping_patience
+        return patience is not None and self.progress.validations_without_best >= patience
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Stand where the checkpoint was made."""
+        set_adapter_tensors(self.model, checkpoint.adapter, where=str(checkpoint.path))
+        expected = dict(tree_flatten(self.optimizer.state))
+        if expected.keys() != checkpoint.optimizer.keys():
+            raise CheckpointError(
+                "damaged (optimizer state of another optimizer)", where=str(checkpoint.path)
+            )
+        self.optimizer.state = tree_unflatten(list(checkpoint.optimizer.items()))
+        self.progress = checkpoint.progress
+        self._saved_step = checkpoint.progress.step
+
+    def _update(self) -> None:
+        started, step = time.perf_counter(), self.progress.step + 1
+        rate = learning_rate_at(step, self.total_steps, self.config) * self.progress.learning_rate_factor
+        outcome = self.step(self.batches.step(step - 1), step, rate)
+        self.progress = after(self.progress, outcome, starts_epoch=(step - 1) % self._epoch_steps == 0)
+        sample = self.monitor.sample()
+        self.emit(
+            StepDone(
+                step=step,
+                epoch=(step - 1) // self._epoch_steps + 1,
+                loss_nats=outcome.nll / max(outcome.target_tokens, 1),
+                target_tokens=outcome.target_tokens,
+                tokens=outcome.tokens,
+                tokens_seen=self.progress.tokens,
+                learning_rate=rate,
+                grad_norm=outcome.grad_norm,
+                seconds=time.perf_counter() - started,
+                memory=sample,
+                skipped=outcome.skipped,
+            )
+        )
+        if sample.footprint_bytes > self.budget_bytes:
+            mx.clear_cache()
+            self.emit(
+                MemoryPressure(
+                    step=step,
+                    memory=sample,
+                    budget_bytes=self.budget_bytes,
+                    action="cleared MLX's buffer cache",
+                )
+            )
+        if self.progress.bad_in_a_row >= BAD_UPDATES_IN_A_ROW:
+            self._roll_back()
+
+    def _validation_is_due(self) -> bool:
+        step, every = self.progress.step, self.config.steps_per_validation
+        is_time = step % every == 0 or self.is_finished
+        return bool(self.validation) and is_time and self.progress.validated_step != step
+
+    def _validate(self) -> None:
+        started = time.perf_counter()
+        result = evaluate(self.model, self.validation)
+        self.progress = validated(self.progress, result.loss_nats)
+        is_best = self.progress.best_step == self.progress.step
+        self.emit(
+            Validated(
+                step=self.progress.step,
+                loss_nats=result.loss_nats,
+                target_tokens=result.target_tokens,
+                is_best=is_best,
+                seconds=time.perf_counter() - started,
+            )
+        )
+        if is_best:
+            self._save(is_best=True)
+
+    def _checkpoint_is_due(self) -> bool:
+        step = self.progress.step
+        is_time = step % self.config.steps_per_checkpoint == 0 or self.is_finished
+        return is_time and self._saved_step != step
+
+    def _save(self, *, is_best: bool = False) -> None:
+        optimizer_state = dict(tree_flatten(self.optimizer.state))
+        path = self.checkpoints.save(self.progress, adapter_tensors(self.model), optimizer_state)
+        self._saved_step = self.progress.step
+        self.emit(Saved(step=self.progress.step, path=path, is_best=is_best))
+        if self.progress.step > 0 and (is_best or not self.validation):
+            self.publish(adapter_tensors(self.model))
+
+    def _publish_best(self) -> None:
+        if self.validation and self.progress.best_step != self.progress.step:
+            self.publish(self.checkpoints.load(self.progress.best_step).adapter)
+        else:
+            self.publish(adapter_tensors(self.model))
+
+    def _stop_if_asked(self) -> None:
+        if self.stop.signal_number is None:
+            return
+        if self._saved_step != self.progress.step:
+            self._save()
+        raise Interrupted(
+            f"Stopped after step {self.progress.step} of {self.total_steps}; the checkpoint is saved.",
+            signal_number=self.stop.signal_number,
+            run=f"mlx-qlora train --resume --adapter-path {self.checkpoints.folder.parent}",
+        )
+
+    def _roll_back(self) -> None:
+        failed = self.progress
+        if failed.rollbacks >= MAX_ROLLBACKS:
+            raise DivergenceError(
+                f"Loss or gradients were not finite again and again, at last around step {failed.step}, "
+                f"although the learning rate was halved {failed.rollbacks} times.",
+                where=str(self.checkpoints.folder.parent / "metrics.jsonl"),
+                run="mlx-qlora train … --set training.learning_rate=1e-5   # into a new --adapter-path",
+            )
+        checkpoint, _ = self.checkpoints.load_newest()
+        self.restore(checkpoint)
+        self.progress = replace(
+            self.progress,
+            learning_rate_factor=failed.learning_rate_factor / 2,
+            rollbacks=failed.rollbacks + 1,
+            skipped_updates=failed.skipped_updates,
+            bad_in_a_row=0,
+        )
+        self._save()  # a kill from here on resumes with the halved rate
+        self.emit(
+            RolledBack(
+                from_step=failed.step,
+                to_step=self.progress.step,
+                learning_rate_factor=self.progress.learning_rate_factor,
+            )
+        )
+
+    @property
+    def _epoch_steps(self) -> int:
+        return self.batches.steps_per_epoch
+
+
+def total_steps(config: TrainingConfig, batches: Batches) -> int:
+    """Updates in the whole run."""
+    return config.max_steps or config.num_epochs * batches.steps_per_epoch
+
+
+def after(progress: Progress, outcome: Outcome, *, starts_epoch: bool) -> Progress:
+    """Where the run stands after one more update."""
+    epoch_nll = 0.0 if starts_epoch else progress.epoch_nll
+    epoch_tokens = 0 if starts_epoch else progress.epoch_target_tokens
+    return replace(
+        progress,
+        step=progress.step + 1,
+        tokens=progress.tokens + outcome.tokens,
+        epoch_nll=epoch_nll + (0.0 if outcome.skipped else outcome.nll),
+        epoch_target_tokens=epoch_tokens + (0 if outcome.skipped else outcome.target_tokens),
+        bad_in_a_row=progress.bad_in_a_row + 1 if outcome.skipped else 0,
+        skipped_updates=progress.skipped_updates + outcome.skipped,
+    )
+
+
+def validated(progress: Progress, loss_nats: float) -> Progress:
+    """Where the run stands after a validation with this loss; a loss that is no number is never the best."""
+    loss = loss_nats if math.isfinite(loss_nats) else math.inf
+    is_best = progress.best_loss is None or loss < progress.best_loss
+    return replace(
+        progress,
+        validated_step=progress.step,
+        best_loss=loss if is_best else progress.best_loss,
+        best_step=progress.step if is_best else progress.best_step,
+        validations_without_best=0 if is_best else progress.validations_without_best + 1,
+    )
+
+
+def fan_out(observers: Iterable[Observer]) -> Observer:
+    """One observer that tells them all."""
+    observers = tuple(observers)
+
+    def emit(event: object) -> None:
+        for observer in observers:
+            observer(event)  # type: ignore[arg-type]
+
+    return emit
