@@ -1,1 +1,30 @@
+"""From rows in files to batches of tokens."""
 
+from mlx_qlora.dataset.batches import Batch, Batches, in_order
+from mlx_qlora.dataset.records import Example, Record, read_conversations, read_records
+from mlx_qlora.dataset.render import (
+    DEFAULT_CHAT_TEMPLATE,
+    ensure_chat_template,
+    render,
+    render_prompt,
+    template_of,
+)
+from mlx_qlora.dataset.splits import Dataset, DataReport, load_dataset
+
+__all__ = [
+    "DEFAULT_CHAT_TEMPLATE",
+    "Batch",
+    "Batches",
+    "DataReport",
+    "Dataset",
+    "Example",
+    "Record",
+    "ensure_chat_template",
+    "in_order",
+    "load_dataset",
+    "read_conversations",
+    "read_records",
+    "render",
+    "render_prompt",
+    "template_of",
+]

@@ -167,7 +167,7 @@ def _mlx_lm_keys(paths: list[str], num_layers: int) -> tuple[list[str], int]:
             return paths, num_layers
         within.setdefault(index, []).append(path.split(f".{index}.", 1)[1])
     first = min(within)
-    is_uniform = list(sorted(within)) == list(range(first, num_layers)) and all(
+    is_uniform = sorted(within) == list(range(first, num_layers)) and all(
         sorted(names) == sorted(within[first]) for names in within.values()
     )
     return (within[first], num_layers - first) if is_uniform else (paths, num_layers)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import mlx.core as mx
 import psutil
 
-from mlx_qlora.presets import GIB
+GIB = 1024**3
 
 Pressure = Literal["normal", "warning", "critical"]
 

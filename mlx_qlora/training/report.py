@@ -246,7 +246,6 @@ class ProgressDisplay:
         return parts
 
     def _roll_back(self, event: RolledBack) -> None:
-        self.close()
         self._recent.clear()
         self._say(
             f"! Back from step {event.from_step} to step {event.to_step}: updates were not finite. "

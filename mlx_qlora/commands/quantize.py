@@ -1,0 +1,54 @@
+"""``mlx-qlora quantize``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mlx_qlora.commands.output import Json, gigabytes, on_bytes, print_json, say
+from mlx_qlora.config import build_config
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help="Hub id or folder of a 16-bit model.")],
+    output: Annotated[Path, typer.Option(help="Folder for the quantized model.")],
+    bits: Annotated[int, typer.Option(help="Bits per weight: 2, 3, 4, 5, 6 or 8.")] = 4,
+    group_size: Annotated[int | None, typer.Option(help="Inputs that share a scale: 32, 64, 128.")] = None,
+    mode: Annotated[str, typer.Option(help="affine, mxfp4, mxfp8 or nvfp4.")] = "affine",
+    skip: Annotated[list[str] | None, typer.Option(help="A layer that stays as it is: lm_head.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Allow the model folder's own code.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Turn a 16-bit checkpoint into a quantized one, tensor by tensor, in little memory.
+
+    Example: mlx-qlora quantize mistralai/Mistral-7B-v0.1 --output models/mistral-int4 --bits 4 --group-size 64
+
+    Killed or interrupted, the same command goes on where it was. The result loads in mlx-lm too.
+    """
+    from mlx_qlora.api import quantize as quantize_model
+    from mlx_qlora.memory.monitor import MemoryMonitor
+
+    keys = {"bits": bits, "group_size": group_size, "mode": mode, "skip_modules": skip or []}
+    config = build_config({"quantization": keys}, where="command line").quantization
+    monitor = MemoryMonitor()
+    result = quantize_model(
+        model,
+        output,
+        config,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        on_bytes=on_bytes("Quantizing"),
+    )
+    monitor.sample()
+    if as_json:
+        print_json({**asdict(result), "output": output, "peak_memory_bytes": monitor.peak_footprint_bytes})
+        return
+    say(f"{result.num_parameters / 1e6:.1f} M parameters, {result.bits_per_weight:.3f} bits per weight")
+    say(f"{gigabytes(result.bytes)} in {output}, {result.seconds:.0f} s")
+    for layer in result.skipped:
+        say(f"kept as it is: {layer.layer} ({layer.reason})")
+    say(f"Run: mlx-qlora train --model {output} --data D --adapter-path adapters/NAME")

@@ -1,0 +1,185 @@
+"""From a hub id or a path to a folder that holds a model we can read."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from mlx_qlora.errors import ModelError
+from mlx_qlora.storage import read_json
+from mlx_qlora.weights.shards import TensorInfo, read_checkpoint
+
+PATTERNS = [
+    "*.json",
+    "model*.safetensors",
+    "tokenizer.model",
+    "*.tiktoken",
+    "*.txt",
+    "*.jinja",
+]
+"""What is fetched from the hub: never pickle, and code only when it is trusted."""
+
+_SAMPLE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model folder on this machine."""
+
+    folder: Path
+    name: str
+    """Hub id, or the absolute folder."""
+    revision: str | None
+    config: dict[str, Any]
+    """Its config.json."""
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the weights are stored in a quantized format already."""
+        return "quantization" in self.config or "quantization_config" in self.config
+
+
+def resolve_model(model: str, revision: str | None = None, trust_remote_code: bool = False) -> ModelSource:
+    """The folder of a model, fetched from the hub when `model` is no folder.
+
+    Raises:
+        ModelError: not found, not allowed, of an unknown architecture, in need of its own code, or
+            without safetensors.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        folder, name = path.resolve(), str(path.resolve())
+    elif path.suffix == ".gguf":
+        raise ModelError("GGUF files cannot be read yet; give the safetensors model.", where=model)
+    elif path.is_file() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise ModelError("There is no model folder here.", where=model)
+    else:
+        folder, name = _from_hub(model, revision, trust_remote_code), model
+    config = _read_config(folder)
+    _check_code(config, folder, trust_remote_code)
+    _check_architecture(config, folder, trust_remote_code)
+    _check_weights(folder)
+    return ModelSource(folder, name, revision, config)
+
+
+def fingerprint(folder: Path) -> str:
+    """Digest of a checkpoint's tensors: name, type, shape, first and last 4 KiB of each.
+
+    It does not depend on how tensors are spread over files, and reads a few megabytes at most.
+    """
+    digest = hashlib.sha256()
+    for name, info in sorted(read_checkpoint(folder).items()):
+        digest.update(f"{name} {info.dtype} {list(info.shape)}\n".encode())
+        digest.update(_sample(info))
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _sample(info: TensorInfo) -> bytes:
+    with info.file.open("rb") as file:
+        file.seek(info.start)
+        first = file.read(min(_SAMPLE_BYTES, info.num_bytes))
+        file.seek(info.start + max(0, info.num_bytes - _SAMPLE_BYTES))
+        return first + file.read(min(_SAMPLE_BYTES, info.num_bytes))
+
+
+def _from_hub(model: str, revision: str | None, trust_remote_code: bool) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    patterns = [*PATTERNS, "*.py"] if trust_remote_code else PATTERNS
+    where = model + (f" (revision {revision})" if revision else "")
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except errors.GatedRepoError:
+        raise ModelError(
+            "The model's owner asks for an agreement first: accept it on the model's page, then sign in.",
+            where=where,
+            run="hf auth login",
+        ) from None
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        raise ModelError(
+            "There is no such model on the hub, and no such folder here.",
+            where=where,
+            run="hf auth login   # if the model is private",
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise ModelError("The model has no such revision.", where=where) from None
+    except (
+        errors.LocalEntryNotFoundError,
+        errors.OfflineModeIsEnabled,
+        errors.HfHubHTTPError,
+        OSError,
+    ) as error:
+        raise ModelError(
+            f"The model is not in the cache and the hub cannot be reached ({type(error).__name__}).",
+            where=where,
+            run=f"hf download {model}   # with a connection, and without HF_HUB_OFFLINE",
+        ) from None
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config = read_json(path)
+    except OSError:
+        raise ModelError("This folder holds no model: there is no config.json.", where=str(folder)) from None
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"The model's config.json is broken: {error}", where=str(path)) from None
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise ModelError("config.json does not say which architecture this is (model_type).", where=str(path))
+    return config
+
+
+def _check_code(config: dict[str, Any], folder: Path, trust_remote_code: bool) -> None:
+    if ("model_file" in config or "auto_map" in config) and not trust_remote_code and not _is_known(config):
+        raise ModelError(
+            "This model brings its own Python code, which is not run unless you trust it.",
+            where=str(folder / "config.json"),
+            run="the same command with --trust-remote-code, if you do",
+        )
+
+
+def _check_architecture(config: dict[str, Any], folder: Path, trust_remote_code: bool) -> None:
+    if _is_known(config) or ("model_file" in config and trust_remote_code):
+        return
+    near = get_close_matches(config["model_type"], _architectures(), n=3, cutoff=0.5)
+    hint = f" Near it are {', '.join(near)}." if near else ""
+    raise ModelError(
+        f"The architecture {config['model_type']!r} is not known to mlx-lm.{hint}",
+        where=str(folder / "config.json"),
+        run="pip install -U mlx-lm   # if the model is newer than your mlx-lm",
+    )
+
+
+def _is_known(config: dict[str, Any]) -> bool:
+    from importlib.util import find_spec
+
+    from mlx_lm.utils import MODEL_REMAPPING
+
+    model_type = MODEL_REMAPPING.get(config["model_type"], config["model_type"])
+    return model_type.isidentifier() and find_spec(f"mlx_lm.models.{model_type}") is not None
+
+
+def _architectures() -> list[str]:
+    import pkgutil
+
+    import mlx_lm.models
+    from mlx_lm.utils import MODEL_REMAPPING
+
+    return [*MODEL_REMAPPING, *(module.name for module in pkgutil.iter_modules(mlx_lm.models.__path__))]
+
+
+def _check_weights(folder: Path) -> None:
+    if any(folder.glob("model*.safetensors")):
+        return
+    pickled = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)]
+    if pickled:
+        raise ModelError(
+            f"The weights are pickled ({pickled[0]}), which can run code and is never read.",
+            where=str(folder),
+            run="convert them to safetensors first: https://huggingface.co/spaces/safetensors/convert",
+        )
+    there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+    raise ModelError(f"There are no weights (model*.safetensors) here; there is {there}.", where=str(folder))
