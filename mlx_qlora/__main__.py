@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from importlib import import_module
 from typing import Any
 
-import click
 import typer
 from typer.core import TyperGroup
 from typer.main import get_command_from_info
@@ -65,26 +63,15 @@ def root() -> None:
 
 
 def run(command: Any, arguments: list[str] | None = None) -> int:
-    """Run a click command; the exit code is 0, 2 for the user's mistakes, 1 for ours, 128 + n for signal n."""
+    """Run a command: 0, or 2 for the user's mistakes, 1 for ours, 128 + n for signal n."""
     try:
-        result = command.main(args=arguments, standalone_mode=False)
+        command.main(args=arguments)
     except MlxQloraError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except click.exceptions.Exit as error:
-        return error.exit_code
-    except click.exceptions.Abort:
-        return 130
-    except click.ClickException as error:
-        error.show(file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    return result if isinstance(result, int) else 0
+    except SystemExit as done:  # how typer ends, usage errors (2) included
+        return done.code if isinstance(done.code, int) else int(bool(done.code))
+    return 0
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from mlx_qlora.inference.generate import Sampling, generate_pieces, load_assista
 from mlx_qlora.objective.evaluate import Evaluation
 from mlx_qlora.objective.evaluate import evaluate as evaluate_batches
 from mlx_qlora.quantization.schemes import resolve
+from mlx_qlora.training.display import ProgressDisplay
 from mlx_qlora.training.events import Observer
-from mlx_qlora.training.report import ProgressDisplay
 from mlx_qlora.training.run import TrainedRun, resumed_config
 from mlx_qlora.training.run import train as train_run
 from mlx_qlora.weights.source import resolve_model
@@ -115,8 +116,9 @@ def train(
     """
     run = build_config(config) if isinstance(config, dict) else config
     is_begun = (Path(adapter_path) / "run.yaml").is_file()
-    watching = [ProgressDisplay(run.training.steps_per_report)] if observers is None else list(observers)
-    return train_run(run, adapter_path, resume=resume and is_begun, observers=watching, on_bytes=on_bytes)
+    with closing(ProgressDisplay(run.training.steps_per_report)) as display:
+        watching = [display] if observers is None else list(observers)
+        return train_run(run, adapter_path, resume=resume and is_begun, observers=watching, on_bytes=on_bytes)
 
 
 def evaluate(model: Any, examples: list[Example], *, batch_size: int = 4) -> Evaluation:

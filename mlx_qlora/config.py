@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -15,7 +16,6 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
-    model_validator,
 )
 
 from mlx_qlora.errors import ConfigError, listed
@@ -63,6 +63,12 @@ class QuantizationConfig(Config):
     """Names or path patterns of layers that stay unquantized, such as lm_head."""
 
 
+def _not_zero(count: int) -> int:
+    if count == 0:
+        raise ValueError("must be -1 (all) or at least 1")
+    return count
+
+
 class LoraConfig(Config):
     """The trainable low-rank update, W + (alpha / rank) · A B. Source: Hu et al. 2021, arXiv:2106.09685."""
 
@@ -78,17 +84,11 @@ class LoraConfig(Config):
     target_modules: tuple[str, ...] = Field(default=("q_proj", "k_proj", "v_proj"), min_length=1)
     """Short names (q_proj) or path patterns (model.layers.*.mlp.down_proj)."""
 
-    num_layers: int = Field(default=-1, ge=-1)
+    num_layers: Annotated[int, AfterValidator(_not_zero)] = Field(default=-1, ge=-1)
     """How many of the last layers get an update; -1 is all."""
 
     bias: Literal["none"] = "none"
     """Biases are never trained."""
-
-    @model_validator(mode="after")
-    def _some_layer_is_trained(self) -> Self:
-        if self.num_layers == 0:
-            raise ValueError("num_layers must be -1 (all) or at least 1")
-        return self
 
 
 class DataConfig(Config):
@@ -181,7 +181,7 @@ class TrainingConfig(Config):
     """Warn when the process footprint passes this; None is the device's own limit. 1 GiB is 1024³ bytes."""
 
     compile: bool | None = None
-    """Trace the step with mx.compile. None: yes on a GPU, no on the CPU, where compiling kernels costs more."""
+    """Trace the step with mx.compile. None: yes on a GPU, no on the CPU, where tracing costs more."""
 
 
 class RunConfig(Config):
@@ -273,7 +273,18 @@ def difference(old: Config, new: Config) -> list[str]:
 
 def to_yaml(config: Config) -> str:
     """The configuration as YAML, keys in their documented order."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text with a next-line character, which plain YAML would read back as a line break."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\x85" in text else None)
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,7 +35,7 @@ def demo(
     from mlx_qlora.inference.exact_match import exact_match
     from mlx_qlora.inference.generate import load_assistant
     from mlx_qlora.memory.monitor import MemoryMonitor
-    from mlx_qlora.training.report import ProgressDisplay
+    from mlx_qlora.training.display import ProgressDisplay
     from mlx_qlora.training.run import train
 
     monitor = MemoryMonitor()
@@ -52,7 +53,8 @@ def demo(
 
     say(f"3/4  Train a rank-{config.lora.rank} adapter on {_short(config.data.path)}")
     remove_folder(adapter_path)
-    run = train(config, adapter_path, observers=[ProgressDisplay(config.training.steps_per_report)])
+    with closing(ProgressDisplay(config.training.steps_per_report)) as display:
+        run = train(config, adapter_path, observers=[display])
 
     say("4/4  Ask the same questions again, in wording the training never showed")
     after = exact_match(load_assistant(adapter_path=adapter_path), questions)

@@ -55,9 +55,10 @@ def infer(
         on_bytes=on_bytes("Quantizing"),
     )
     answer = None
-    for piece, answer in assistant.stream(
+    for piece, so_far in assistant.stream(
         [{"role": "user", "content": text}], system=system, sampling=sampling
     ):
+        answer = so_far
         if not as_json:
             print(piece, end="", flush=True)
     if as_json and answer is not None:

@@ -25,7 +25,7 @@ def quantize(
 ) -> None:
     """Turn a 16-bit checkpoint into a quantized one, tensor by tensor, in little memory.
 
-    Example: mlx-qlora quantize mistralai/Mistral-7B-v0.1 --output models/mistral-int4 --bits 4 --group-size 64
+    Example: mlx-qlora quantize mistralai/Mistral-7B-v0.1 --output models/mistral-int4 --bits 4
 
     Killed or interrupted, the same command goes on where it was. The result loads in mlx-lm too.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,7 +37,7 @@ def train(
     Later wins: preset, --config, --model and --data, --set. Stop it at any time; the same command with
     --resume goes on, and the result is the one of a run that was never stopped.
     """
-    from mlx_qlora.training.report import ProgressDisplay
+    from mlx_qlora.training.display import ProgressDisplay
     from mlx_qlora.training.run import resumed_config
     from mlx_qlora.training.run import train as train_adapter
 
@@ -47,10 +48,10 @@ def train(
         begun = {} if preset or config else preset_tree("auto")
     trees = _trees(preset, config, model, data, skip_bad_rows, assignments or [])
     run = build_config(begun, *trees, where="command line")
-    display = ProgressDisplay(run.training.steps_per_report)
-    result = train_adapter(
-        run, adapter_path, resume=resume, observers=[display], on_bytes=on_bytes("Quantizing")
-    ).finished
+    with closing(ProgressDisplay(run.training.steps_per_report)) as display:
+        result = train_adapter(
+            run, adapter_path, resume=resume, observers=[display], on_bytes=on_bytes("Quantizing")
+        ).finished
     if as_json:
         print_json(asdict(result))
         return

@@ -9,7 +9,7 @@ from mlx_qlora.dataset.render import (
     render_prompt,
     template_of,
 )
-from mlx_qlora.dataset.splits import Dataset, DataReport, load_dataset
+from mlx_qlora.dataset.splits import DataReport, Dataset, load_dataset
 
 __all__ = [
     "DEFAULT_CHAT_TEMPLATE",

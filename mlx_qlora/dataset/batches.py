@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -79,8 +80,8 @@ def _sample(example: Example) -> dict[str, np.ndarray]:
     }
 
 
-def _batched(buffer: object, batch_size: int) -> object:
-    return buffer.batch(batch_size, pad={"tokens": 0, "mask": 0})  # type: ignore[attr-defined]
+def _batched(buffer: Any, batch_size: int) -> Any:
+    return buffer.batch(batch_size, pad={"tokens": 0, "mask": 0})
 
 
 def _collated(rows: dict[str, np.ndarray]) -> Batch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -139,19 +140,18 @@ def _encoded(tokenizer: Any, messages: Sequence[Message], *, prompt: bool) -> Re
 
 
 def _encoded_apart(tokenizer: Any, messages: Sequence[Message], *, prompt: bool) -> Rendered:
-    held = [
-        {**message, "content": f"{_OPEN}{number}{_CLOSE}"} for number, message in enumerate(messages)
-    ]
+    held = [{**message, "content": f"{_OPEN}{number}{_CLOSE}"} for number, message in enumerate(messages)]
     text, spans = _spans(tokenizer, held, prompt=prompt)
-    inner, tokens, targets, position = _inner(tokenizer), [], [], 0
+    inner = _inner(tokenizer)
+    tokens: list[int] = []
+    targets: list[bool] = []
     cuts = sorted({0, len(text), *(edge for span in spans for edge in span)})
-    for begin, end in zip(cuts, cuts[1:], strict=False):
+    for begin, end in pairwise(cuts):
         is_target = any(a <= begin and end <= b for a, b in spans)
         for piece, is_content in _pieces(text[begin:end], messages):
             part = inner(piece, add_special_tokens=False, split_special_tokens=is_content)["input_ids"]
             tokens += part
             targets += [is_target] * len(part)
-        position = end
     return Rendered(tokens, targets)
 
 

@@ -102,9 +102,7 @@ def load_dataset(config: DataConfig, tokenizer: Any, seed: int) -> Dataset:
         notes.append("the model has no chat template: the default one is used, and kept in the adapter")
     files = _files(config)
     reports = {name: SplitReport() for name in _FILES}
-    examples = {
-        name: _examples(path, config, tokenizer, reports[name]) for name, path in files.items()
-    }
+    examples = {name: _examples(path, config, tokenizer, reports[name]) for name, path in files.items()}
     if "valid" not in files and config.valid_fraction > 0:
         examples["train"], examples["valid"] = seeded_split(examples["train"], config.valid_fraction, seed)
         notes.append(f"no validation file: {len(examples['valid'])} rows were held out by seed {seed}")
@@ -138,7 +136,8 @@ def seeded_split(
     if len(groups) < 2:
         return list(examples), []
     ranked = sorted(groups, key=lambda key: hashlib.sha256(key + seed.to_bytes(8, "little")).digest())
-    wanted, held = max(1, round(len(examples) * fraction)), set()
+    wanted = max(1, round(len(examples) * fraction))
+    held: set[int] = set()
     for key in ranked[:-1]:
         if len(held) >= wanted:
             break
@@ -184,7 +183,12 @@ def _from_hub(name: str) -> Path:
             where=name,
             run="hf auth login   # if it is private",
         ) from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError, OSError) as error:
+    except (
+        errors.LocalEntryNotFoundError,
+        errors.OfflineModeIsEnabled,
+        errors.HfHubHTTPError,
+        OSError,
+    ) as error:
         raise DataError(
             f"The data set is not in the cache and the hub cannot be reached ({type(error).__name__}).",
             where=name,

@@ -17,7 +17,7 @@ from mlx_qlora.errors import AdapterError, MlxQloraError, listed
 from mlx_qlora.lora.attach import attach, layer_index
 from mlx_qlora.lora.layers import lora_scale
 from mlx_qlora.storage import read_json, write_json, write_tensors
-from mlx_qlora.weights.shards import read_header
+from mlx_qlora.weights.shards import read_tensors
 
 WEIGHTS, CONFIG, OURS = "adapters.safetensors", "adapter_config.json", "mlx_qlora"
 FORMAT_VERSION = 1
@@ -75,7 +75,8 @@ def read_adapter_info(folder: Path) -> AdapterInfo:
     if missing:
         there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
         raise AdapterError(
-            f"There is no adapter here: {' and '.join(missing)} missing; there is {', '.join(there) or 'nothing'}.",
+            f"There is no adapter here: {' and '.join(missing)} missing; "
+            f"there is {', '.join(there) or 'nothing'}.",
             where=str(folder),
             run=f"mlx-qlora train --model M --data D --adapter-path {folder}",
         )
@@ -113,12 +114,12 @@ def load_adapter(model: nn.Module, folder: Path, info: AdapterInfo, *, fingerpri
         )
     try:
         attach(model, info.lora, seed=0)
-        read_header(folder / WEIGHTS)
+        tensors = read_tensors(folder / WEIGHTS)
     except MlxQloraError as error:
         raise AdapterError(
             f"The adapter does not load: {error.what}", where=error.where or str(folder)
         ) from None
-    set_adapter_tensors(model, mx.load(str(folder / WEIGHTS)), where=str(folder / WEIGHTS))
+    set_adapter_tensors(model, tensors, where=str(folder / WEIGHTS))
 
 
 def set_adapter_tensors(model: nn.Module, tensors: Mapping[str, mx.array], *, where: str) -> None:

@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_qlora.dataset.batches import Batch
-from mlx_qlora.objective.loss import model_nll
+from mlx_qlora.objective.loss import model_nll, number
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch]) -> Evaluation:
     try:
         for batch in batches:
             nll, tokens = model_nll(model, *map(mx.array, (batch.inputs_BT, batch.targets_BT, batch.mask_BT)))
-            total_nll, total_tokens = total_nll + nll.item(), total_tokens + int(tokens.item())
+            total_nll, total_tokens = total_nll + number(nll), total_tokens + int(number(tokens))
     finally:
         model.train(was_training)
     return Evaluation(total_nll / total_tokens if total_tokens else math.nan, total_tokens)

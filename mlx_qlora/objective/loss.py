@@ -20,6 +20,11 @@ def masked_nll(logits_BTV: mx.array, targets_BT: mx.array, mask_BT: mx.array) ->
     return (nll_BT * mask).sum(), mask.sum()
 
 
+def number(scalar: mx.array) -> float:
+    """The value of a 0-dimensional array."""
+    return float(scalar.item())  # type: ignore[arg-type]  # no loss is complex
+
+
 def model_nll(
     model: nn.Module, inputs_BT: mx.array, targets_BT: mx.array, mask_BT: mx.array
 ) -> tuple[mx.array, mx.array]:

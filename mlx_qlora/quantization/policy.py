@@ -20,6 +20,8 @@ class Decision:
     """None keeps it as it is."""
     reason: str | None = None
     """Why it is kept."""
+    own: Mapping[str, Any] | None = None
+    """What the model itself asks for, as it says it; mlx-lm writes it into config.json."""
 
 
 def decide_all(model: nn.Module, scheme: Scheme, skip_modules: Sequence[str] = ()) -> dict[str, Decision]:
@@ -50,7 +52,8 @@ def _decide(
         return Decision(None, f"its {width} inputs are no multiple of the group of {scheme.group_size}")
     own = predicate(path, module) if predicate is not None else True
     if isinstance(own, Mapping):
-        return Decision(checked(Scheme("own", own.get("mode", "affine"), own["bits"], own["group_size"])))
+        wanted = Scheme("own", own.get("mode", "affine"), own["bits"], own["group_size"])
+        return Decision(checked(wanted), own=own)
     return Decision(scheme) if own else Decision(None, "the architecture keeps it")
 
 

@@ -25,7 +25,7 @@ from mlx_qlora.storage import (
     write_tensors,
     write_text,
 )
-from mlx_qlora.weights.shards import read_header
+from mlx_qlora.weights.shards import read_tensors
 
 FORMAT_VERSION = 1
 ADAPTER, OPTIMIZER, STATE = "adapter.safetensors", "optimizer.safetensors", "state.json"
@@ -159,7 +159,7 @@ class CheckpointStore:
             if damaged:
                 raise ValueError(f"checksum of {', '.join(damaged)} differs")
             progress = Progress(**state["progress"])
-            tensors = {name: _read_tensors(path / name) for name in (ADAPTER, OPTIMIZER)}
+            tensors = {name: read_tensors(path / name) for name in (ADAPTER, OPTIMIZER)}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, MlxQloraError) as error:
             raise CheckpointError(f"damaged ({error})", where=str(path)) from None
         self._check_identity(state, path)
@@ -226,10 +226,3 @@ def unsealed(state: dict[str, Any]) -> dict[str, Any]:
 
 def _digest(state: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-def _read_tensors(path: Path) -> dict[str, mx.array]:
-    read_header(path)
-    tensors = mx.load(str(path))
-    mx.eval(tensors)  # read now, while the file is known to be whole
-    return tensors

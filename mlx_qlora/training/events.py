@@ -20,6 +20,8 @@ class RunStarted:
     num_examples: int
     trainable_parameters: int
     total_parameters: int
+    budget_bytes: int
+    """What the process footprint should stay below."""
     notes: tuple[str, ...] = ()
     """What the trainer decided by itself and a person should know."""
 

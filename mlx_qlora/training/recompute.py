@@ -37,7 +37,7 @@ def _recomputed_class(cls: type[nn.Module]) -> type[nn.Module]:
     arrays, and the same masks, as the forward pass.
     """
 
-    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not self.training:
             return cls.__call__(self, *args, **kwargs)
         dropping = [layer for layer in lora_layers(self) if layer.randomness.key is not None]
@@ -52,7 +52,7 @@ def _recomputed_class(cls: type[nn.Module]) -> type[nn.Module]:
                 layer.randomness.key = mx.stop_gradient(key)
             return cls.__call__(self, *map(swap, args), **{k: swap(v) for k, v in kwargs.items()})
 
-        keys = [layer.randomness.key for layer in dropping]
+        keys = [key for layer in dropping if (key := layer.randomness.key) is not None]
         try:
             return mx.checkpoint(layer_call)(trained, arrays, keys)
         finally:
@@ -60,4 +60,4 @@ def _recomputed_class(cls: type[nn.Module]) -> type[nn.Module]:
             for layer, key in zip(dropping, keys, strict=True):
                 layer.randomness.key = key
 
-    return type(f"Recomputed{cls.__name__}", (cls,), {"__call__": __call__})
+    return type(f"Recomputed{cls.__name__}", (cls,), {"__call__": call})

@@ -22,13 +22,14 @@ from mlx_qlora.storage import said_clearly, sweep, write_text
 from mlx_qlora.training.checkpoint import CheckpointStore, RunIdentity
 from mlx_qlora.training.events import Observer, RunFinished, RunStarted
 from mlx_qlora.training.guard import stop_on_signals
+from mlx_qlora.training.metrics import METRICS, MetricsLog
 from mlx_qlora.training.optimizer import build_optimizer, warmup_length
 from mlx_qlora.training.recompute import recomputed
-from mlx_qlora.training.report import MetricsLog, write_report
+from mlx_qlora.training.report import write_report
 from mlx_qlora.training.trainer import Trainer, fan_out
 from mlx_qlora.weights.loader import BaseModel, load_base
 
-RUN_FILE, METRICS, CHECKPOINTS = "run.yaml", "metrics.jsonl", "checkpoints"
+RUN_FILE, CHECKPOINTS = "run.yaml", "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,7 @@ def _run_started(trainer: Trainer, parts: _Parts, notes: list[str]) -> RunStarte
         num_examples=len(parts.dataset.train),
         trainable_parameters=sum(a.size for _, a in tree_flatten(model.trainable_parameters())),
         total_parameters=parts.base.num_parameters,
+        budget_bytes=trainer.budget_bytes,
         notes=(*notes, *parts.dataset.report.lines()),
     )
 
@@ -239,7 +241,7 @@ def _check_folder(folder: Path, *, resume: bool) -> None:
         raise CheckpointError(
             "A run was already started here; nothing was touched.",
             where=str(folder),
-            run=f"mlx-qlora train --resume --adapter-path {folder}   # goes on; or choose another --adapter-path",
+            run=f"mlx-qlora train --resume --adapter-path {folder}   # or choose another --adapter-path",
         )
 
 

@@ -16,7 +16,7 @@ from mlx.utils import tree_map
 from mlx_qlora.config import TrainingConfig
 from mlx_qlora.dataset.batches import Batch
 from mlx_qlora.lora.layers import lora_layers, set_dropout_keys
-from mlx_qlora.objective.loss import model_nll
+from mlx_qlora.objective.loss import model_nll, number
 from mlx_qlora.training.optimizer import clipped, global_norm
 
 
@@ -59,14 +59,15 @@ class TrainStep:
             (part, _), part_grad = self._nll_and_grad(*arrays, self._dropout_keys(step, index))
             grad = part_grad if grad is None else tree_map(mx.add, grad, part_grad)
             mx.eval(part, grad)  # frees this micro-batch's activations
-            nll, target_tokens = nll + part.item(), target_tokens + batch.target_tokens
+            nll, target_tokens = nll + number(part), target_tokens + batch.target_tokens
         grad = tree_map(lambda g: g / max(target_tokens, 1), grad)
         norm = global_norm(grad)
-        is_finite = math.isfinite(nll) and math.isfinite(norm.item()) and target_tokens > 0
+        grad_norm = number(norm)
+        is_finite = math.isfinite(nll) and math.isfinite(grad_norm) and target_tokens > 0
         if is_finite:
             self._update(clipped(grad, norm, self.config.max_grad_norm), learning_rate)
         tokens = sum(batch.tokens for batch in batches)
-        return Outcome(nll, target_tokens, tokens, norm.item(), skipped=not is_finite)
+        return Outcome(nll, target_tokens, tokens, grad_norm, skipped=not is_finite)
 
     def _update(self, grad: Any, learning_rate: float) -> None:
         self.optimizer.learning_rate = learning_rate

@@ -16,7 +16,7 @@ from mlx_qlora.config import TrainingConfig
 from mlx_qlora.dataset.batches import Batch, Batches
 from mlx_qlora.errors import CheckpointError, DivergenceError, Interrupted
 from mlx_qlora.lora.adapter import adapter_tensors, set_adapter_tensors
-from mlx_qlora.memory.monitor import MemoryMonitor
+from mlx_qlora.memory.monitor import MemoryMonitor, MemorySample
 from mlx_qlora.objective.evaluate import evaluate
 from mlx_qlora.training.checkpoint import Checkpoint, CheckpointStore, Progress
 from mlx_qlora.training.events import (
@@ -128,18 +128,17 @@ class Trainer:
                 skipped=outcome.skipped,
             )
         )
-        if sample.footprint_bytes > self.budget_bytes:
-            mx.clear_cache()
-            self.emit(
-                MemoryPressure(
-                    step=step,
-                    memory=sample,
-                    budget_bytes=self.budget_bytes,
-                    action="cleared MLX's buffer cache",
-                )
-            )
+        self._relieve(sample, step)
         if self.progress.bad_in_a_row >= BAD_UPDATES_IN_A_ROW:
             self._roll_back()
+
+    def _relieve(self, sample: MemorySample, step: int) -> None:
+        """Give MLX's unused buffers back when memory is short, and say so."""
+        if sample.footprint_bytes <= self.budget_bytes and sample.pressure != "critical":
+            return
+        mx.clear_cache()
+        action = "cleared MLX's buffer cache"
+        self.emit(MemoryPressure(step=step, memory=sample, budget_bytes=self.budget_bytes, action=action))
 
     def _validation_is_due(self) -> bool:
         step, every = self.progress.step, self.config.steps_per_validation

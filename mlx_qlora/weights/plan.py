@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import module_from_spec, spec_from_file_location
 from typing import Any
 
 import mlx.core as mx
@@ -20,6 +21,7 @@ from mlx_qlora.weights.shards import (
     DTYPE_NAMES,
     DTYPES,
     TensorInfo,
+    lazy_tensors,
     read_checkpoint,
     read_rows,
 )
@@ -135,11 +137,10 @@ def skeleton(source: ModelSource) -> nn.Module:
     Raises:
         ModelError: the configuration lacks something or contradicts itself.
     """
-    from mlx_lm.utils import _get_classes
-
-    state = [mx.array(part) for part in mx.random.state]
+    generator: list[mx.array] = mx.random.state  # type: ignore[assignment]
+    state = [mx.array(part) for part in generator]
     try:
-        model_class, args_class = _get_classes(source.config)
+        model_class, args_class = _classes(source)
         return model_class(args_class.from_dict(source.config))
     except Exception as error:  # whatever an architecture's constructor makes of a broken configuration
         raise ModelError(
@@ -147,14 +148,28 @@ def skeleton(source: ModelSource) -> nn.Module:
             where=str(source.folder / "config.json"),
         ) from error
     finally:
-        for part, before in zip(mx.random.state, state, strict=True):
+        for part, before in zip(generator, state, strict=True):
             part[:] = before
+
+
+def _classes(source: ModelSource) -> tuple[Any, Any]:
+    from mlx_lm.utils import _get_classes
+
+    if source.config.get("model_file") is None:
+        return _get_classes(source.config)
+    # The model folder's own code: `resolve_model` lets it through only when it is trusted.
+    spec = spec_from_file_location("custom_model", source.folder / source.config["model_file"])
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{source.config['model_file']} is no Python file")
+    code = module_from_spec(spec)
+    spec.loader.exec_module(code)
+    return code.Model, code.ModelArgs
 
 
 def _lazy_tensors(infos: dict[str, TensorInfo]) -> dict[str, mx.array]:
     lazy: dict[str, mx.array] = {}
     for file in sorted({info.file for info in infos.values()}):
-        lazy |= mx.load(str(file))
+        lazy |= lazy_tensors(file)
     return lazy
 
 
@@ -224,10 +239,19 @@ def _outputs(name: str, shape: tuple[int, ...], dtype: mx.Dtype, scheme: Scheme 
 
 
 def _row_reader(array: mx.array, info: TensorInfo | None) -> Callable[[int, int], mx.array]:
-    """Reads rows straight from the file; a tensor that ``sanitize`` made is evaluated as a whole."""
-    if info is None or not info.shape or info.dtype not in DTYPES:
-        return lambda first, last: array[first:last] if array.ndim else array
-    return lambda first, last: read_rows(info, first, last)
+    """Reads rows straight from the file; a tensor that ``sanitize`` made is evaluated as a whole.
+
+    Such a tensor is let go with its last rows, so that a plan never holds more than one of them.
+    """
+    if info is not None and info.shape and info.dtype in DTYPES:
+        return lambda first, last: read_rows(info, first, last)
+    held = [array]
+
+    def read(first: int, last: int) -> mx.array:
+        whole = held.pop() if last >= (held[0].shape[0] if held[0].ndim else 1) else held[0]
+        return whole[first:last] if whole.ndim else whole
+
+    return read
 
 
 def _in_shards(jobs: list[Job], shard_bytes: int) -> tuple[tuple[Job, ...], ...]:
@@ -246,7 +270,7 @@ def _in_shards(jobs: list[Job], shard_bytes: int) -> tuple[tuple[Job, ...], ...]
 def _config(config: dict[str, Any], scheme: Scheme, decisions: dict[str, Decision]) -> dict[str, Any]:
     quantization: dict[str, Any] = dict(scheme.config())
     for path, decision in decisions.items():
-        if decision.scheme is not None and decision.scheme.config() != scheme.config():
-            quantization[path] = decision.scheme.config()
+        if decision.own is not None:
+            quantization[path] = dict(decision.own)
     kept = {key: value for key, value in config.items() if key not in ("_name_or_path", "vision_config")}
     return dict(sorted({**kept, "quantization": quantization, "quantization_config": quantization}.items()))

@@ -110,7 +110,8 @@ def read_checkpoint(folder: Path) -> dict[str, TensorInfo]:
     files = sorted(folder.glob("model*.safetensors"))
     index = folder / INDEX
     listed_files = _index_files(index, folder) if index.is_file() else {}
-    missing = sorted({name for name in listed_files.values() if not (folder / name).is_file()})
+    there = {file.name for file in files}
+    missing = sorted({name for name in listed_files.values() if name not in there})
     if missing:
         raise WeightsError(
             f"The index names {len(missing)} file(s) that are not there:\n{listed(missing)}",
@@ -148,6 +149,27 @@ def read_rows(info: TensorInfo, first: int, last: int) -> mx.array:
     return mx.array(raw).view(DTYPES[info.dtype]).reshape(last - first, *info.shape[1:])
 
 
+def read_tensors(path: Path) -> dict[str, mx.array]:
+    """The tensors of one small file, in memory; nothing of it is left to be read later.
+
+    Raises:
+        WeightsError: as for `read_header`.
+    """
+    tensors = lazy_tensors(path)
+    mx.eval(tensors)
+    return tensors
+
+
+def lazy_tensors(path: Path) -> dict[str, mx.array]:
+    """The tensors of one file, each read when it is first evaluated.
+
+    Raises:
+        WeightsError: as for `read_header`; MLX must not meet a broken file.
+    """
+    read_header(path)
+    return dict(mx.load(str(path)))  # type: ignore[arg-type]  # a safetensors file is a dict of arrays
+
+
 def _raw_header(file: Any, size: int) -> tuple[dict[str, Any], int]:
     if size < 8:
         raise ValueError(f"the file has {size} bytes; it is truncated")
@@ -155,12 +177,30 @@ def _raw_header(file: Any, size: int) -> tuple[dict[str, Any], int]:
     if length > min(size - 8, _MAX_HEADER_BYTES):
         raise ValueError(f"the header claims {length} bytes of a file of {size}; it is truncated or corrupt")
     try:
-        header = json.loads(file.read(length))
+        # Python's JSON is laxer than MLX's: other encodings, NaN, half a surrogate pair, a name twice.
+        header = json.loads(
+            file.read(length).decode(), object_pairs_hook=_without_duplicates, parse_constant=_refuse
+        )
+        json.dumps(header, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         raise ValueError("the header is no JSON; the file is corrupt") from None
     if not isinstance(header, dict):
         raise ValueError("the header is no JSON object; the file is corrupt")
+    metadata = {} if header.get("__metadata__") is None else header["__metadata__"]
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("__metadata__ is no table of texts; the file is corrupt")
     return header, 8 + length
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        raise ValueError("a name occurs twice")
+    return table
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
 
 
 def _tensor_info(path: Path, name: str, entry: Any, data_start: int, size: int) -> TensorInfo:

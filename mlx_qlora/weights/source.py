@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from mlx_qlora.errors import ModelError
-from mlx_qlora.storage import read_json
 from mlx_qlora.weights.shards import TensorInfo, read_checkpoint
 
 PATTERNS = [
@@ -39,7 +38,7 @@ class ModelSource:
     @property
     def is_quantized(self) -> bool:
         """Whether the weights are stored in a quantized format already."""
-        return "quantization" in self.config or "quantization_config" in self.config
+        return bool(self.config.get("quantization") or self.config.get("quantization_config"))
 
 
 def resolve_model(model: str, revision: str | None = None, trust_remote_code: bool = False) -> ModelSource:
@@ -120,12 +119,14 @@ def _from_hub(model: str, revision: str | None, trust_remote_code: bool) -> Path
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
+    from mlx_lm.utils import load_config
+
     path = folder / "config.json"
     try:
-        config = read_json(path)
+        config = load_config(folder)  # with the end-of-text tokens of generation_config.json
     except OSError:
         raise ModelError("This folder holds no model: there is no config.json.", where=str(folder)) from None
-    except (ValueError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"The model's config.json is broken: {error}", where=str(path)) from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ModelError("config.json does not say which architecture this is (model_type).", where=str(path))
@@ -133,7 +134,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _check_code(config: dict[str, Any], folder: Path, trust_remote_code: bool) -> None:
-    if ("model_file" in config or "auto_map" in config) and not trust_remote_code and not _is_known(config):
+    brings_code = config.get("model_file") is not None or ("auto_map" in config and not _is_known(config))
+    if brings_code and not trust_remote_code:
         raise ModelError(
             "This model brings its own Python code, which is not run unless you trust it.",
             where=str(folder / "config.json"),
@@ -142,7 +144,7 @@ def _check_code(config: dict[str, Any], folder: Path, trust_remote_code: bool) -
 
 
 def _check_architecture(config: dict[str, Any], folder: Path, trust_remote_code: bool) -> None:
-    if _is_known(config) or ("model_file" in config and trust_remote_code):
+    if _is_known(config) or config.get("model_file") is not None:
         return
     near = get_close_matches(config["model_type"], _architectures(), n=3, cutoff=0.5)
     hint = f" Near it are {', '.join(near)}." if near else ""
@@ -154,21 +156,17 @@ def _check_architecture(config: dict[str, Any], folder: Path, trust_remote_code:
 
 
 def _is_known(config: dict[str, Any]) -> bool:
-    from importlib.util import find_spec
-
-    from mlx_lm.utils import MODEL_REMAPPING
-
-    model_type = MODEL_REMAPPING.get(config["model_type"], config["model_type"])
-    return model_type.isidentifier() and find_spec(f"mlx_lm.models.{model_type}") is not None
+    return config["model_type"] in _architectures()
 
 
 def _architectures() -> list[str]:
     import pkgutil
 
     import mlx_lm.models
-    from mlx_lm.utils import MODEL_REMAPPING
+    from mlx_lm.utils import MODEL_ARCHITECTURE_REMAPPING, MODEL_REMAPPING
 
-    return [*MODEL_REMAPPING, *(module.name for module in pkgutil.iter_modules(mlx_lm.models.__path__))]
+    modules = [module.name for module in pkgutil.iter_modules(mlx_lm.models.__path__)]
+    return [*MODEL_REMAPPING, *(name for name, _ in MODEL_ARCHITECTURE_REMAPPING), *modules]
 
 
 def _check_weights(folder: Path) -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial as partial_function
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,7 +20,7 @@ import numpy as np
 
 from mlx_qlora.errors import ModelError, StorageError
 from mlx_qlora.quantization.schemes import Scheme
-from mlx_qlora.storage import read_json, said_clearly, sha256_of, sync_folder, write_json
+from mlx_qlora.storage import read_json, said_clearly, sha256_of, sweep, sync_folder, write_json
 from mlx_qlora.weights.plan import Job, QuantizationPlan, SkippedLayer, plan_quantization
 from mlx_qlora.weights.shards import INDEX
 from mlx_qlora.weights.source import ModelSource, fingerprint
@@ -31,7 +32,7 @@ BLOCK_BYTES = 32 * 1024**2
 
 SHARD_BYTES = 1024**3
 SPARE_BYTES = 64 * 1024**2
-_COPIED = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken")
+_COPIED = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken", "*.py")
 
 OnBytes = Callable[[int, int], None]
 
@@ -110,12 +111,12 @@ def _write(
         for index, jobs in enumerate(plan.shards):
             name = plan.shard_name(index)
             if name not in manifest["shards"]:
-                write_shard(partial / name, jobs, lambda read, done=done: _tell(on_bytes, done + read, plan))
+                write_shard(partial / name, jobs, partial_function(_tell, on_bytes, plan, done))
                 entry = {"bytes": (partial / name).stat().st_size, "sha256": sha256_of(partial / name)}
                 manifest["shards"][name] = entry
                 write_json(partial / MANIFEST, manifest)
             done += sum(job.num_bytes for job in jobs)
-            _tell(on_bytes, done, plan)
+            _tell(on_bytes, plan, done, 0)
         _write_small_files(source, plan, partial)
         skipped = [{"layer": layer.layer, "reason": layer.reason} for layer in plan.skipped]
         finished = {**manifest, "finished": True, "source": source.name, "revision": source.revision}
@@ -130,7 +131,9 @@ def _write(
 def write_shard(path: Path, jobs: Sequence[Job], on_read: Callable[[int], None]) -> None:
     """Write one safetensors file whose header is known before its data."""
     temporary = path.with_name(f".{path.name}.tmp")
-    header, offsets, position = {"__metadata__": {"format": "mlx"}}, {}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+    offsets: dict[str, int] = {}
+    position = 0
     for job in jobs:
         for output in job.outputs:
             end = position + output.num_bytes
@@ -186,8 +189,9 @@ def _opened(partial: Path, manifest: dict[str, Any]) -> dict[str, Any]:
         before = read_json(partial / MANIFEST)
         if before["plan"] == manifest["plan"]:
             good = {n: e for n, e in before["shards"].items() if sha256_of(partial / n) == e["sha256"]}
+            sweep(partial)
             return {"format_version": FORMAT_VERSION, **manifest, "shards": good}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -231,7 +235,7 @@ def _is_finished(output: Path, digest: str) -> bool:
         whole = all((output / n).stat().st_size == e["bytes"] for n, e in manifest["shards"].items())
         if manifest["plan"] == digest and manifest["finished"] and whole:
             return True
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
     raise StorageError(
         "There is something else here already; nothing was touched.",
@@ -252,6 +256,6 @@ def _locked(output: Path) -> Iterator[None]:
         lock.unlink(missing_ok=True)
 
 
-def _tell(on_bytes: OnBytes | None, done: int, plan: QuantizationPlan) -> None:
+def _tell(on_bytes: OnBytes | None, plan: QuantizationPlan, before: int, read: int) -> None:
     if on_bytes is not None:
-        on_bytes(done, plan.input_bytes)
+        on_bytes(before + read, plan.input_bytes)

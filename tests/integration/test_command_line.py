@@ -1,4 +1,4 @@
-"""What a person types, wrong input included: clear errors, exit code 2, no traceback, JSON alone on stdout."""
+"""What a person types, wrong input included: clear errors, exit code 2, no traceback, JSON alone."""
 
 import json
 import subprocess
@@ -27,8 +27,9 @@ def rows(tmp_path_factory):
 def adapter(tiny_llama_folder, rows, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli") / "adapters" / "one"
     done = run(
-        "train", "--model", tiny_llama_folder, "--data", rows, "--adapter-path", folder, "--preset", "mac-8gb",
-        "--set", "training.max_steps=3", "--set", "training.learning_rate=1e-2", "--json",
+        "train", "--model", tiny_llama_folder, "--data", rows, "--adapter-path", folder,
+        "--preset", "mac-8gb", "--set", "training.max_steps=3", "--json",
+        "--set", "training.learning_rate=1e-2",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return folder, json.loads(done.stdout)
@@ -42,14 +43,23 @@ def test_train_prints_the_promised_keys_and_leaves_the_promised_files(adapter):
     }  # fmt: skip
     assert promised <= result.keys()
     assert result["steps"] == 3
-    for name in ("adapters.safetensors", "adapter_config.json", "metrics.jsonl", "run.yaml", "report.md", "loss.png"):
+    for name in (
+        "adapters.safetensors",
+        "adapter_config.json",
+        "metrics.jsonl",
+        "run.yaml",
+        "report.md",
+        "loss.png",
+    ):
         assert (folder / name).stat().st_size > 0, name
 
 
 def test_infer_streams_text_and_reads_standard_input(adapter):
     folder, _ = adapter
     asked = run("pergunta 1?", "--adapter-path", folder, "--max-tokens", 5, module="mlx_qlora.infer")
-    piped = run("-", "--adapter-path", folder, "--max-tokens", 5, stdin="pergunta 1?\n", module="mlx_qlora.infer")
+    piped = run(
+        "-", "--adapter-path", folder, "--max-tokens", 5, stdin="pergunta 1?\n", module="mlx_qlora.infer"
+    )
     assert asked.returncode == piped.returncode == 0, asked.stderr + piped.stderr
     assert asked.stdout == piped.stdout
     printed = run("infer", "pergunta 1?", "--adapter-path", folder, "--max-tokens", 5, "--json")
@@ -139,7 +149,9 @@ def test_bad_rows_are_all_reported_at_once(tiny_llama_folder, tmp_path):
     assert skipped.returncode == 0, skipped.stderr
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["train", "--help"], ["infer", "--help"], ["demo", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["--help"], ["train", "--help"], ["infer", "--help"], ["demo", "--help"]]
+)
 def test_help_is_there_with_an_example(arguments):
     done = run(*arguments)
     text = done.stdout + done.stderr
@@ -147,7 +159,9 @@ def test_help_is_there_with_an_example(arguments):
     assert "mlx-qlora" in text or "mlx_qlora" in text
 
 
-@pytest.mark.parametrize("arguments", [["nonsense"], ["train"], ["infer", "x", "--top-p", "7", "--model", "m"]])
+@pytest.mark.parametrize(
+    "arguments", [["nonsense"], ["train"], ["infer", "x", "--top-p", "7", "--model", "m"]]
+)
 def test_wrong_usage_exits_with_two(arguments):
     done = run(*arguments)
     assert done.returncode == 2

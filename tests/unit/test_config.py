@@ -200,7 +200,6 @@ def test_a_configuration_comes_back_from_its_yaml(config):
     assert build_config(yaml.safe_load(to_yaml(config))) == config
 
 
-@pytest.mark.xfail(strict=True, reason="PyYAML folds U+0085 when it may write Unicode; see to_yaml")
 def test_a_next_line_character_comes_back_from_the_yaml():
     config = build_config({"data": {"system_prompt": "one\x85two"}})
     assert build_config(yaml.safe_load(to_yaml(config))) == config

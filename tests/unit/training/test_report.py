@@ -16,7 +16,8 @@ from mlx_qlora.config import build_config
 from mlx_qlora.errors import StorageError
 from mlx_qlora.memory.monitor import MemorySample
 from mlx_qlora.presets import GIB
-from mlx_qlora.training import report as report_module
+from mlx_qlora.training import plots
+from mlx_qlora.training.display import ProgressDisplay
 from mlx_qlora.training.events import (
     MemoryPressure,
     RolledBack,
@@ -26,7 +27,9 @@ from mlx_qlora.training.events import (
     StepDone,
     Validated,
 )
-from mlx_qlora.training.report import MetricsLog, ProgressDisplay, plot_losses, read_metrics, write_report
+from mlx_qlora.training.metrics import MetricsLog, read_metrics
+from mlx_qlora.training.plots import plot_losses
+from mlx_qlora.training.report import write_report
 
 
 def memory(footprint_gib: float = 1.5, **fields) -> MemorySample:
@@ -49,6 +52,7 @@ def started(*, first_step=0, total_steps=10, steps_per_epoch=5, notes=()) -> Run
         num_examples=20,
         trainable_parameters=1_500_000,
         total_parameters=3_000_000_000,
+        budget_bytes=8 * GIB,
         notes=notes,
     )
 
@@ -278,9 +282,7 @@ class Screen:
 
     def __init__(self, *, is_terminal: bool = False, steps_per_report: int = 5, stream=None):
         self.stream, self.now = stream or io.StringIO(), 100.0
-        self.show = ProgressDisplay(
-            steps_per_report, self.stream, is_terminal, budget_bytes=8 * GIB, clock=lambda: self.now
-        )
+        self.show = ProgressDisplay(steps_per_report, self.stream, is_terminal, clock=lambda: self.now)
 
     def __call__(self, *events):
         for event in events:
@@ -489,7 +491,7 @@ def test_there_is_no_picture_of_a_run_without_updates(log):
 def test_without_matplotlib_there_is_no_picture_and_the_report_says_how_to_get_it(log, monkeypatch):
     for event in a_run():
         log(event)
-    monkeypatch.setattr(report_module, "find_spec", lambda _: None)
+    monkeypatch.setattr(plots, "find_spec", lambda _: None)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert not plot_losses(log.path, log.path.with_name("loss.png"))
     text = write_report(log.path.parent, build_config()).read_text()
@@ -498,8 +500,8 @@ def test_without_matplotlib_there_is_no_picture_and_the_report_says_how_to_get_i
 
 
 def test_smoothing_is_a_token_weighted_mean_that_passes_over_skipped_updates():
-    np = report_module.np
-    smooth = report_module._smoothed(np.array([1.0, np.nan, 4.0, 1.0]), np.array([1.0, 5.0, 2.0, 6.0]))
+    np = plots.np
+    smooth = plots._smoothed(np.array([1.0, np.nan, 4.0, 1.0]), np.array([1.0, 5.0, 2.0, 6.0]))
     np.testing.assert_allclose(smooth, [1.0, 9 / 3, 14 / 8, 14 / 8])
 
 

@@ -1,0 +1,102 @@
+"""Every scheme MLX has, and a clear refusal of every other."""
+
+import mlx.core as mx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_qlora.config import QuantizationConfig
+from mlx_qlora.errors import ConfigError
+from mlx_qlora.quantization.schemes import SCHEMES, UNQUANTIZED, Scheme, checked, resolve, scheme_named
+
+MODES = ["affine", "mxfp4", "mxfp8", "nvfp4"]
+
+
+def mlx_accepts(scheme: Scheme) -> bool:
+    x = mx.random.normal((2, 128)).astype(mx.bfloat16)
+    try:
+        mx.eval(mx.quantize(x, scheme.group_size, scheme.bits, mode=scheme.mode))
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("bits", range(1, 10))
+@pytest.mark.parametrize("group_size", [8, 16, 32, 64, 128])
+def test_exactly_what_mlx_quantizes_is_accepted(mode, bits, group_size):
+    scheme = Scheme("any", mode, bits, group_size)
+    try:
+        accepted = checked(scheme)
+    except ConfigError:
+        accepted = None
+    assert (accepted is not None) == mlx_accepts(scheme)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+@pytest.mark.parametrize(("dtype", "scale_bits"), [(mx.bfloat16, 16), (mx.float32, 32)])
+def test_stored_bytes_are_those_mlx_stores(scheme, dtype, scale_bits):
+    x = mx.random.normal((16, 256)).astype(dtype)
+    parts = mx.quantize(x, scheme.group_size, scheme.bits, mode=scheme.mode)
+    assert scheme.stored_bytes(x.size, scale_bits) == sum(part.nbytes for part in parts)
+    assert scheme.bits_per_weight(scale_bits) == 8 * sum(part.nbytes for part in parts) / x.size
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_scheme_is_found_by_its_name_and_resolves_to_itself(name):
+    assert resolve(QuantizationConfig(scheme=name)) == scheme_named(name) == SCHEMES[name]
+    assert checked(SCHEMES[name]) == SCHEMES[name]
+
+
+@pytest.mark.parametrize("name", UNQUANTIZED)
+def test_some_names_keep_the_checkpoint_as_it_is(name):
+    assert resolve(QuantizationConfig(scheme=name)) is None
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({}, Scheme("int4", "affine", 4, 64)),
+        ({"bits": 8}, Scheme("int8", "affine", 8, 64)),
+        ({"group_size": 32}, Scheme("int4", "affine", 4, 32)),
+        ({"scheme": "int8", "group_size": 128}, Scheme("int8", "affine", 8, 128)),
+        ({"mode": "mxfp4"}, Scheme("mxfp4", "mxfp4", 4, 32)),
+        ({"mode": "nvfp4"}, Scheme("nvfp4", "nvfp4", 4, 16)),
+        ({"mode": "mxfp8", "bits": 8}, Scheme("mxfp8", "mxfp8", 8, 32)),
+        ({"scheme": "mxfp4", "mode": "affine", "bits": 3}, Scheme("int3", "affine", 3, 64)),
+    ],
+)
+def test_one_part_of_a_scheme_can_be_changed(keys, expected):
+    assert resolve(QuantizationConfig(**keys)) == expected
+
+
+@pytest.mark.parametrize(
+    ("keys", "where", "says"),
+    [
+        ({"scheme": "int44"}, "quantization.scheme", "Did you mean int4"),
+        ({"scheme": "q"}, "quantization.scheme", "int2, int3, int4"),
+        ({"bits": 7}, "quantization.bits", "2, 3, 4, 5, 6, 8 bits, not 7"),
+        ({"mode": "gguf"}, "quantization.mode", "affine, mxfp4, mxfp8, nvfp4"),
+        ({"group_size": 48}, "quantization.group_size", "groups of 32, 64, 128, not 48"),
+        ({"scheme": "nvfp4", "group_size": 32}, "quantization.group_size", "groups of 16, not 32"),
+    ],
+)
+def test_an_impossible_scheme_says_what_is_possible_and_which_key_to_change(keys, where, says):
+    with pytest.raises(ConfigError, match=says) as caught:
+        resolve(QuantizationConfig(**keys))
+    assert caught.value.where == where
+
+
+@given(
+    scheme=st.sampled_from([*SCHEMES, "none", "int99", ""]),
+    bits=st.none() | st.integers(1, 64),
+    group_size=st.none() | st.integers(1, 256),
+    mode=st.none() | st.sampled_from([*MODES, "x"]),
+)
+def test_a_configuration_gives_a_scheme_mlx_has_or_a_config_error(scheme, bits, group_size, mode):
+    config = QuantizationConfig(scheme=scheme, bits=bits, group_size=group_size, mode=mode)
+    try:
+        resolved = resolve(config)
+    except ConfigError:
+        return
+    assert resolved is None or mlx_accepts(resolved)
