@@ -1,0 +1,39 @@
+# make demo and make test need nothing installed but Python 3.11–3.13, git and make.
+
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test check setup clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    set up, then quantize, train and ask the embedded model"
+	@echo "make test    set up, then run the tests"
+	@echo "make check   lint, types, import layers"
+	@echo "make clean   remove the environment and the demo's adapter"
+
+demo: $(VENV)/.demo
+	@$(BIN)/mlx-qlora demo
+
+test: $(VENV)/.dev
+	@$(BIN)/pytest -n 2 -m "not slow" -q
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+setup: $(VENV)/.dev
+
+# Two stamps: the demo needs less than the tests, and a newcomer waits for it.
+$(VENV)/.demo: pyproject.toml constraints.txt scripts/setup.sh
+	@scripts/setup.sh "$(VENV)" ".[plots]"
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt scripts/setup.sh
+	@scripts/setup.sh "$(VENV)" ".[dev]"
+	@touch $(VENV)/.demo $@
+
+clean:
+	rm -rf $(VENV) adapters/demo

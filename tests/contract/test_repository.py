@@ -1,0 +1,120 @@
+"""What the repository promises about itself."""
+
+import ast
+import re
+import shlex
+import subprocess
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from mlx_qlora.__main__ import COMMANDS, load_command
+from mlx_qlora.config import RunConfig, build_config, read_config
+from mlx_qlora.presets import PRESETS, preset
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+MODULES = sorted((ROOT / "mlx_qlora").rglob("*.py"))
+
+
+def tracked_texts() -> list[Path]:
+    listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listing.returncode:
+        pytest.skip("this is no git checkout")
+    suffixes = {".py", ".md", ".toml", ".yaml", ".yml", ".ipynb", ".txt", ".sh", ""}
+    return [ROOT / name for name in listing.stdout.splitlines() if Path(name).suffix in suffixes]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["pyproject.toml", "README.md", "LICENSE", "CONTRIBUTING.md", "Makefile", "constraints.txt", "notebooks",
+     "mlx_qlora", "adapters", "data/demo", "tests", "docs/ARCHITECTURE.md", "docs/LOG.md", ".ci/run"],
+)  # fmt: skip
+def test_the_top_level_holds_what_it_promises(name):
+    assert (ROOT / name).exists()
+
+
+def test_no_file_names_a_machine_or_a_registry():
+    pattern = re.compile(r"/(?:work|farm|home|root|Users)/[a-z]|https?://(?:pypi|files\.pythonhosted|registry)\.")
+    found = [f"{path.relative_to(ROOT)}: {match.group()}" for path in tracked_texts()
+             if path != Path(__file__) and path.is_file()
+             and (match := pattern.search(path.read_text(errors="ignore")))]  # fmt: skip
+    assert not found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_module_and_every_public_name_says_what_it_is_for(path):
+    tree = ast.parse(path.read_text())
+    if tree.body:
+        assert ast.get_docstring(tree), "the module has no docstring"
+    public = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+    ]
+    nested = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef)
+        for inner in ast.walk(node)
+        if inner is not node
+    }
+    assert not [node.name for node in public if id(node) not in nested and not ast.get_docstring(node)]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_users_errors_are_not_asserts(path):
+    assert not [node.lineno for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "data").rglob("run.yaml")), ids=str)
+def test_every_shipped_configuration_is_valid(path):
+    assert isinstance(build_config(read_config(path)), RunConfig)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_valid(name):
+    assert isinstance(build_config(preset(name)), RunConfig)
+
+
+def test_every_dependency_is_pinned_to_a_version_it_allows_and_that_is_tested():
+    pins = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if not line.startswith("#"):
+            name, _, pinned = line.partition(";")[0].strip().partition("==")
+            pins[name] = pinned
+    optional = [line for extra in ("plots", "dev") for line in PROJECT["optional-dependencies"][extra]]
+    for line in [*PROJECT["dependencies"], *optional]:
+        requirement = Requirement(line)
+        name = re.sub(r"[-_.]+", "-", requirement.name).lower()
+        if name == "mlx-qlora" or (requirement.marker and not requirement.marker.evaluate()):
+            continue
+        assert requirement.specifier.contains(pins[name]), line
+        assert version(requirement.name) == pins[name], f"{name}: the environment is not the tested set"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_an_example(name):
+    assert "Example: " in (load_command(name).help or "")
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    joined = "\n".join(blocks).replace("\\\n", " ")
+    return [line for line in joined.splitlines() if line.startswith(("mlx-qlora", "python -m mlx_qlora"))]
+
+
+@pytest.mark.parametrize("line", readme_commands())
+def test_the_readmes_commands_parse(line):
+    words = shlex.split(line, comments=True)
+    name, arguments = ("infer", words[3:]) if words[0] == "python" else (words[1], words[2:])
+    load_command(name).make_context(name, arguments)
+
+
+@pytest.mark.parametrize("target", ["demo", "test"])
+def test_the_readmes_two_commands_are_targets(target):
+    assert f"make {target}" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
