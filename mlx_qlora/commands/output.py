@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,18 +33,20 @@ def gigabytes(num_bytes: float) -> str:
 
 
 class ByteProgress:
-    """Shows (done, total) bytes: a bar on a terminal, a plain line each tenth off it."""
+    """Shows (done, total) bytes: a bar on a terminal; off it a plain line each few seconds, and the last."""
+
+    SECONDS_BETWEEN_LINES = 5.0
 
     def __init__(self, label: str) -> None:
         self.label = label
         self._bar: Any = None
-        self._tenth = -1
+        self._said_at = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
         if sys.stderr.isatty():
             self._on_terminal(done, total)
-        elif total and done * 10 // total > self._tenth:
-            self._tenth = done * 10 // total
+        elif done >= total or time.monotonic() - self._said_at >= self.SECONDS_BETWEEN_LINES:
+            self._said_at = time.monotonic()
             say(f"{self.label}: {gigabytes(done)} of {gigabytes(total)}")
 
     def _on_terminal(self, done: int, total: int) -> None:

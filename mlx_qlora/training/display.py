@@ -199,6 +199,7 @@ def _count(number: int) -> str:
 
 
 def duration(seconds: float) -> str:
+    """Seconds as m:ss, or h:mm:ss from an hour on."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -104,6 +104,7 @@ def mean_loss(losses: Iterable[tuple[float | None, int]]) -> float:
 
 
 def events_named(entries: Sequence[Entry], name: str) -> list[Entry]:
+    """The entries of one kind of event, in order."""
     return [entry for entry in entries if entry["event"] == name]
 
 

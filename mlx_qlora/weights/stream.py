@@ -119,10 +119,16 @@ def _write(
             _tell(on_bytes, plan, done, 0)
         _write_small_files(source, plan, partial)
         skipped = [{"layer": layer.layer, "reason": layer.reason} for layer in plan.skipped]
-        finished = {**manifest, "finished": True, "source": source.name, "revision": source.revision}
-        write_json(
-            partial / MANIFEST, {**finished, "scheme": plan.config["quantization"], "skipped": skipped}
-        )
+        finished = {
+            **manifest,
+            "shards": dict(sorted(manifest["shards"].items())),
+            "finished": True,
+            "source": source.name,
+            "revision": source.revision,
+            "scheme": plan.config["quantization"],
+            "skipped": skipped,
+        }
+        write_json(partial / MANIFEST, finished)
         sync_folder(partial)
         partial.rename(output)
         sync_folder(output.parent)

@@ -60,7 +60,9 @@ def test_planned_names_types_shapes_and_bytes_are_those_written(
     planned = outputs(made := plan(folder, scheme, shard_bytes=30_000))
     quantize_checkpoint(resolve_model(str(folder)), tmp_path / "out", scheme, shard_bytes=30_000)
     written = tensors_of(tmp_path / "out")
-    assert {name: output.shape for name, output in planned.items()} == {n: a.shape for n, a in written.items()}
+    assert {name: output.shape for name, output in planned.items()} == {
+        n: a.shape for n, a in written.items()
+    }
     assert {n: output.num_bytes for n, output in planned.items()} == {n: a.nbytes for n, a in written.items()}
     assert made.output_bytes == sum(array.nbytes for array in written.values())
     assert made.num_parameters == sum(array.size for array in tensors_of(folder).values())
@@ -162,10 +164,16 @@ def test_the_folder_s_own_code_builds_a_trusted_model(tmp_path, tiny_llama_folde
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "mine.py").write_text(OWN_CODE)
-    (folder / "config.json").write_text(json.dumps({"model_type": "mine", "model_file": "mine.py", "width": 64}))
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "mine", "model_file": "mine.py", "width": 64})
+    )
     save_sharded(folder, {"mine.weight": mx.ones((8, 64))}, 1)
     source = resolve_model(str(folder), trust_remote_code=True)
-    assert outputs(plan_quantization(source, INT4, (), 1 << 30)).keys() == {"mine.weight", "mine.scales", "mine.biases"}
+    assert outputs(plan_quantization(source, INT4, (), 1 << 30)).keys() == {
+        "mine.weight",
+        "mine.scales",
+        "mine.biases",
+    }
     quantize_checkpoint(source, tmp_path / "out", INT4)
     assert (tmp_path / "out" / "mine.py").read_text() == OWN_CODE
 
@@ -209,8 +217,6 @@ def test_layers_no_group_divides_stay_and_are_listed(material):
     if not folder.is_dir():
         pytest.skip("stories260k is not among the material")
     made = plan(folder)
-    assert {layer.layer for layer in made.skipped} == {
-        f"model.layers.{i}.mlp.down_proj" for i in range(5)
-    }
+    assert {layer.layer for layer in made.skipped} == {f"model.layers.{i}.mlp.down_proj" for i in range(5)}
     assert all("172 inputs" in layer.reason for layer in made.skipped)
     assert outputs(made)["model.layers.0.mlp.down_proj.weight"].shape == (64, 172)

@@ -102,7 +102,9 @@ def test_pickled_weights_are_never_read(model, name):
 
 
 def test_pickled_weights_are_never_fetched():
-    assert not any(pattern.endswith((".bin", ".pt", ".pth", ".py", ".pkl")) or pattern == "*" for pattern in PATTERNS)
+    assert not any(
+        pattern.endswith((".bin", ".pt", ".pth", ".py", ".pkl")) or pattern == "*" for pattern in PATTERNS
+    )
 
 
 def test_a_folder_without_weights_says_what_is_there(model):
@@ -162,7 +164,9 @@ except ModelError as error:
     print(error)
 """
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=env, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert "not in the cache and the hub cannot be reached" in done.stdout
     assert "mistralai/Mistral-7B-v0.1 (revision main)" in done.stdout
@@ -177,7 +181,9 @@ def test_a_hub_model_in_the_cache_needs_no_network(tmp_path, tiny_llama_folder):
     (repository / "refs" / "main").write_text(commit)
     program = "from mlx_qlora.weights.source import resolve_model as r; s = r('some/model'); print(s.name, s.folder)"
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=env, timeout=120
+    )
     assert done.stdout.split() == ["some/model", str(repository / "snapshots" / commit)], done.stderr
 
 
