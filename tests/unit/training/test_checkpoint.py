@@ -44,7 +44,7 @@ def test_the_newest_few_and_the_best_are_kept(tmp_path):
 
 
 @pytest.mark.parametrize("name", [ADAPTER, OPTIMIZER, STATE])
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+@pytest.mark.parametrize("damage", ["flip the middle", "flip the end", "truncate", "remove"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, name, damage):
     checkpoints = saved(tmp_path, 1, 2)
     path = checkpoints.path_of(2) / name
@@ -54,11 +54,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, nam
     elif damage == "truncate":
         path.write_bytes(content[: len(content) // 2])
     else:
-        content[len(content) // 2] ^= 1
+        content[len(content) // 2 if damage == "flip the middle" else -3] ^= 1
         path.write_bytes(content)
     loaded, broken = checkpoints.load_newest()
-    if name == STATE and damage == "flip" and loaded.progress.step == 2:
-        pytest.fail("a changed state was believed")
     assert loaded.progress.step == 1
     assert len(broken) == 1
     assert "step-0000002" in broken[0]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import pairwise
 
 import mlx.core as mx
 import pytest
@@ -75,7 +76,7 @@ def test_shards_keep_their_size_unless_one_tensor_is_larger(model, shard_bytes):
     made = plan(model, shard_bytes=shard_bytes)
     sizes = [[sum(o.num_bytes for o in job.outputs) for job in shard] for shard in made.shards]
     assert all(sum(jobs) <= shard_bytes or len(jobs) == 1 for jobs in sizes)
-    assert all(sum(a) + b[0] > shard_bytes for a, b in zip(sizes, sizes[1:], strict=False))
+    assert all(sum(a) + b[0] > shard_bytes for a, b in pairwise(sizes))
     assert len(outputs(made)) == sum(len(job.outputs) for shard in made.shards for job in shard)
 
 
@@ -160,7 +161,7 @@ def test_a_nonsensical_configuration_is_a_model_error(model, changes):
     assert caught.value.where == str(model / "config.json")
 
 
-def test_the_folder_s_own_code_builds_a_trusted_model(tmp_path, tiny_llama_folder):
+def test_the_folder_s_own_code_builds_a_trusted_model(tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "mine.py").write_text(OWN_CODE)

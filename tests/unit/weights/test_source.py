@@ -119,7 +119,8 @@ def test_a_folder_without_a_configuration_is_no_model(model):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "null", "3", '"llama"', "{}", '{"model_type": 3}', "[" * 100_000, '{"model_type": null}', b"\xff\xfe"],
+    ["", "{", "[]", "null", "3", '"llama"', "{}", '{"model_type": 3}', '{"model_type": null}',
+     "[" * 100_000, b"\xff\xfe"],
     ids=range(11),
 )  # fmt: skip
 @pytest.mark.parametrize("generation", [None, '{"eos_token_id": 2}', "[1]"])
@@ -179,7 +180,9 @@ def test_a_hub_model_in_the_cache_needs_no_network(tmp_path, tiny_llama_folder):
     shutil.copytree(tiny_llama_folder, repository / "snapshots" / commit)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
-    program = "from mlx_qlora.weights.source import resolve_model as r; s = r('some/model'); print(s.name, s.folder)"
+    program = (
+        "from mlx_qlora.weights.source import *; s = resolve_model('some/model'); print(s.name, s.folder)"
+    )
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, env=env, timeout=120
