@@ -12,7 +12,7 @@ Stages:
   4. publish    config.json, model.safetensors (bfloat16), tokenizer and chat template, by renames
 
 Everything follows from ``--seed``: two runs on one machine give the same bytes. On Linux, OpenBLAS is loaded
-if it is there (``libopenblas.so.0``, Debian's libopenblas0-pthread): with it the build takes about seven
+if it is there (``libopenblas.so.0``, Debian's libopenblas0-pthread): with it the build takes seven to ten
 minutes on two cores, without it more than an hour. ``--steps 50 --output /tmp/demo`` is a quick rehearsal.
 """
 

@@ -1,22 +1,22 @@
-"""From files to conversations: one schema a file, every bad line reported at once."""
+"""From rows to conversations: one schema a file, every bad row told by file and line."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import Repr
 from typing import Any
 
 import numpy as np
 
+from mlx_qlora.dataset.rows import BadRow, RowFile
 from mlx_qlora.errors import DataError, listed
 
 Message = dict[str, str]
-MAX_LINE_BYTES = 10_000_000
 _ROLES = ("system", "user", "assistant", "tool")
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxother = 60
 
 
 @dataclass(frozen=True)
@@ -51,34 +51,64 @@ class Schema:
     optional: tuple[str, ...] = ()
 
 
-class BadRow(ValueError):
-    """Why one row cannot be used."""
-
-
-def read_records(path: Path, columns: Mapping[str, str]) -> tuple[list[Record], list[str]]:
-    """The rows of a .jsonl, .json or .csv file, and for each that cannot be used ``file:line: why``.
+class RecordFile:
+    """The records of a .jsonl, .csv or .json file, read as they are asked for.
 
     Args:
         columns: Canonical name → the file's own.
-
-    Raises:
-        DataError: the file cannot be read, or no row shows a known schema.
     """
-    rows = _csv_rows(path) if path.suffix.lower() == ".csv" else _json_rows(path)
-    schema: Schema | None = None
-    records, bad = [], []
-    try:
-        for line, row in rows:
-            where = f"{path.name}:{line}"
+
+    def __init__(self, path: Path, columns: Mapping[str, str]) -> None:
+        self.path, self.columns = path, columns
+        self.rows = RowFile(path)
+        self.schema: Schema | None = None
+        """Of the first row that shows one; all others must have it."""
+        self.column_names: dict[str, None] = {}
+        """Every column that was seen, in order."""
+
+    def __iter__(self) -> Iterator[Record | str]:
+        """Each row's record, or ``file:line: why`` it cannot be used.
+
+        Raises:
+            DataError: the file cannot be read, or no row of it shows a known schema.
+        """
+        for line, row in self.rows:
+            where = f"{self.path.name}:{line}"
             try:
                 if isinstance(row, BadRow):
                     raise row
-                schema = schema or detect_schema(row, columns)
-                records.append(schema.build(_canonical(row, schema, columns), where))
+                self.column_names.update(dict.fromkeys(row))
+                self.schema = self.schema or detect_schema(row, self.columns)
+                yield self.schema.build(_canonical(row, self.schema, self.columns), where)
             except BadRow as problem:
-                bad.append(f"{where}: {problem}")
-    except OSError as error:
-        raise DataError(f"Cannot read the data: {error.strerror}.", where=str(path)) from None
+                yield f"{where}: {problem}"
+        if self.schema is None and self.column_names:
+            raise DataError(
+                f"No row has columns to learn from. There are: {_names(self.column_names)}. "
+                f"A row needs {_WANTED}.{_renamed(self.columns)}",
+                where=str(self.path),
+                run="name them with data.columns: {question: THEIR NAME, answer: THEIR NAME}",
+            )
+
+    def unused_columns(self) -> set[str]:
+        """The canonical names whose column in `columns` no row had, or whose schema is another."""
+        known = (*self.schema.required, *self.schema.optional) if self.schema else ()
+        return {name for name, own in self.columns.items() if name not in known or own not in self.column_names}
+
+
+def read_records(path: Path, columns: Mapping[str, str]) -> tuple[list[Record], list[str]]:
+    """The records of a file, and for each row that cannot be used ``file:line: why``.
+
+    Raises:
+        DataError: the file cannot be read, or no row of it shows a known schema.
+    """
+    records: list[Record] = []
+    bad: list[str] = []
+    for item in RecordFile(path, columns):
+        if isinstance(item, Record):
+            records.append(item)
+        else:
+            bad.append(item)
     return records, bad
 
 
@@ -104,8 +134,7 @@ def detect_schema(row: Mapping[str, Any], columns: Mapping[str, str]) -> Schema:
     for schema in SCHEMAS:
         if all(columns.get(name, name) in row for name in schema.required):
             return schema
-    wanted = "; ".join("/".join(schema.required) for schema in SCHEMAS)
-    raise BadRow(f"it has the columns {', '.join(map(repr, list(row)[:8])) or 'none'}; a row needs {wanted}")
+    raise BadRow(f"it has the columns {_names(row)}; a row needs {_WANTED}")
 
 
 def _canonical(row: Mapping[str, Any], schema: Schema, columns: Mapping[str, str]) -> dict[str, Any]:
@@ -113,63 +142,9 @@ def _canonical(row: Mapping[str, Any], schema: Schema, columns: Mapping[str, str
     for name in schema.required:
         column = columns.get(name, name)
         if column not in row:
-            raise BadRow(f"it has no {column!r}, as the rows before it have")
+            raise BadRow(f"it has no {_SHORT.repr(column)}, as the rows before it have")
         values[name] = row[column]
     return values | {name: row.get(columns.get(name, name)) for name in schema.optional}
-
-
-def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open("rb") as file:
-        number = 0
-        while raw := file.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            if len(raw) > MAX_LINE_BYTES:
-                while raw and not raw.endswith(b"\n"):
-                    raw = file.readline(MAX_LINE_BYTES)
-                yield number, BadRow(f"it is longer than {MAX_LINE_BYTES // 10**6} MB")
-            elif raw.strip(b" \t\r\n\xef\xbb\xbf"):
-                yield number, _parsed(raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw)
-
-
-def _parsed(raw: bytes) -> Any:
-    try:
-        row = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_repeats)
-    except UnicodeDecodeError as error:
-        return BadRow(f"it is not UTF-8 (byte {error.start + 1})")
-    except BadRow as problem:
-        return problem
-    except ValueError as error:
-        return BadRow(f"it is not JSON: {error}")
-    except RecursionError:
-        return BadRow("it is nested too deeply")
-    return row if isinstance(row, dict) else BadRow(f"it is a JSON {type(row).__name__}, not an object")
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        repeated = next(key for key, _ in pairs if sum(k == key for k, _ in pairs) > 1)
-        raise BadRow(f"it has {repeated!r} twice")
-    return row
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"The file is not UTF-8 (byte {error.start + 1}).", where=str(path)) from None
-    csv.field_size_limit(MAX_LINE_BYTES)
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    line = 1
-    try:
-        for row in reader:
-            begun, line = line + 1, reader.line_num
-            if None in row:
-                yield begun, BadRow(f"it has more than {len(reader.fieldnames or [])} columns")
-            else:
-                yield begun, {key: value for key, value in row.items() if value is not None}
-    except csv.Error as error:
-        yield reader.line_num, BadRow(f"it is not CSV: {error}")
 
 
 def _text(value: Any, name: str) -> str:
@@ -195,8 +170,8 @@ def _from_messages(row: Mapping[str, Any], source: str) -> Record:
     turns = [_turn(message, number) for number, message in enumerate(messages, start=1)]
     if not any(role == "assistant" for role, _ in turns):
         raise BadRow("it has no assistant turn to learn from")
-    while turns[-1][0] != "assistant":
-        turns.pop()  # what follows the last answer is never predicted
+    if turns[-1][0] != "assistant":
+        raise BadRow(f"it ends with a turn of {turns[-1][0]!r}; the last must be the assistant's")
     return Record(source, _conversation(*turns))
 
 
@@ -205,7 +180,7 @@ def _turn(message: Any, number: int) -> tuple[str, str]:
         raise BadRow(f"turn {number} is no object with role and content")
     role = message.get("role")
     if role not in _ROLES:
-        raise BadRow(f"turn {number} has the role {role!r}; there are {', '.join(_ROLES)}")
+        raise BadRow(f"turn {number} has the role {_SHORT.repr(role)}; there are {', '.join(_ROLES)}")
     return role, _text(message.get("content"), f"content of turn {number}")
 
 
@@ -219,7 +194,7 @@ def _from_pair(question: str, answer: str) -> Callable[[Mapping[str, Any], str],
 
 def _from_instruction(row: Mapping[str, Any], source: str) -> Record:
     asked = _text(row["instruction"], "instruction")
-    if row.get("input"):
+    if row.get("input") not in (None, ""):
         asked += "\n\n" + _text(row["input"], "input")
     return Record(source, _conversation(("user", asked), ("assistant", _text(row["output"], "output"))))
 
@@ -235,7 +210,18 @@ SCHEMAS: Sequence[Schema] = (
     Schema("instruction", ("instruction", "output"), _from_instruction, optional=("input",)),
     Schema("text", ("text",), _from_text),
 )
+_WANTED = "; ".join("/".join(schema.required) for schema in SCHEMAS)
 COLUMN_NAMES = tuple(dict.fromkeys(name for s in SCHEMAS for name in (*s.required, *s.optional)))
+
+
+def _names(columns: Mapping[str, Any]) -> str:
+    shown = ", ".join(_SHORT.repr(name) for name in list(columns)[:8])
+    return shown + (", …" if len(columns) > 8 else "") or "none"
+
+
+def _renamed(columns: Mapping[str, str]) -> str:
+    renamed = ", ".join(f"{name} is {own!r}" for name, own in columns.items())
+    return f" data.columns says that {renamed}." if renamed else ""
 
 
 def _ends_with_answer(record: Record) -> bool:

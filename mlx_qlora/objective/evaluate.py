@@ -6,11 +6,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_qlora.dataset.batches import Batch
-from mlx_qlora.objective.loss import model_nll, number
+from mlx_qlora.objective.loss import Objective, number, objective_for
 
 
 @dataclass(frozen=True)
@@ -27,18 +26,22 @@ class Evaluation:
         return math.exp(min(self.loss_nats, 700.0))
 
 
-def evaluate(model: nn.Module, batches: Iterable[Batch]) -> Evaluation:
+def evaluate(model: nn.Module, batches: Iterable[Batch], objective: Objective | None = None) -> Evaluation:
     """The token-weighted loss of `model` over all of `batches`, dropout off.
+
+    Args:
+        objective: The model's own, when it was made already.
 
     It draws nothing at random and leaves the model as it was, so evaluating more often changes no run.
     """
+    objective = objective or objective_for(model)
     was_training = model.training
     model.eval()
     total_nll, total_tokens = 0.0, 0
     try:
         for batch in batches:
-            nll, tokens = model_nll(model, *map(mx.array, (batch.inputs_BT, batch.targets_BT, batch.mask_BT)))
-            total_nll, total_tokens = total_nll + number(nll), total_tokens + int(number(tokens))
+            total_nll += number(objective.nll(objective.prepared(batch)))
+            total_tokens += batch.target_tokens
     finally:
         model.train(was_training)
     return Evaluation(total_nll / total_tokens if total_tokens else math.nan, total_tokens)

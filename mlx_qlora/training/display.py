@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from mlx_qlora.memory.monitor import MemorySample, device_limit_bytes
+from mlx_qlora.memory.monitor import MemorySample
 from mlx_qlora.presets import GIB
 from mlx_qlora.training.events import (
     Event,

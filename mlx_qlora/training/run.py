@@ -18,6 +18,7 @@ from mlx_qlora.lora.adapter import WEIGHTS, AdapterInfo, save_adapter, text_sha2
 from mlx_qlora.lora.attach import attach
 from mlx_qlora.memory.limits import memory_limits
 from mlx_qlora.memory.monitor import MemoryMonitor
+from mlx_qlora.objective.loss import objective_for
 from mlx_qlora.storage import said_clearly, sweep, write_text
 from mlx_qlora.training.checkpoint import CheckpointStore, RunIdentity
 from mlx_qlora.training.events import Observer, RunFinished, RunStarted
@@ -140,7 +141,7 @@ def _run(parts: _Parts, *, resume: bool) -> RunFinished:
     layers = list(parts.base.model.layers)
     with stop_on_signals() as stop, recomputed(layers, enabled=training.gradient_checkpointing):
         trainer = Trainer(
-            parts.base.model.train(),
+            objective_for(parts.base.model.train()),
             build_optimizer(training),
             Batches(parts.dataset.train, training.batch_size, training.gradient_accumulation, training.seed),
             list(in_order(_validation_rows(parts), training.batch_size)),
@@ -181,6 +182,7 @@ def _begin(parts: _Parts) -> list[str]:
 
 def _run_started(trainer: Trainer, parts: _Parts, notes: list[str]) -> RunStarted:
     model, training = parts.base.model, parts.config.training
+    notes += [trainer.objective.note] if trainer.objective.note else []
     warmup = warmup_length(training, trainer.total_steps)
     if warmup != training.warmup_steps:
         notes.append(

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_map
@@ -16,7 +15,7 @@ from mlx.utils import tree_map
 from mlx_qlora.config import TrainingConfig
 from mlx_qlora.dataset.batches import Batch
 from mlx_qlora.lora.layers import lora_layers, set_dropout_keys
-from mlx_qlora.objective.loss import model_nll, number
+from mlx_qlora.objective.loss import LossInputs, Objective, number
 from mlx_qlora.training.optimizer import clipped, global_norm
 
 
@@ -41,22 +40,23 @@ class TrainStep:
     weights, the optimizer state, the batches, the seed and the step number alone.
     """
 
-    def __init__(self, model: nn.Module, optimizer: optim.Optimizer, config: TrainingConfig) -> None:
-        self.model, self.optimizer, self.config = model, optimizer, config
-        self._lora = lora_layers(model)
+    def __init__(self, objective: Objective, optimizer: optim.Optimizer, config: TrainingConfig) -> None:
+        self.objective, self.model = objective, objective.model
+        self.optimizer, self.config = optimizer, config
+        self._lora = lora_layers(self.model)
         # State must exist before the first update: then a resumed run starts from the same arrays.
-        optimizer.init(model.trainable_parameters())
+        optimizer.init(self.model.trainable_parameters())
         self._has_dropout = any(layer.dropout > 0 for layer in self._lora)
         compiled = config.compile if config.compile is not None else mx.default_device() != mx.cpu
         nll_and_grad = mx.value_and_grad(self._nll)
-        self._graph = mx.compile(nll_and_grad, inputs=[model.state]) if compiled else nll_and_grad
+        self._graph = mx.compile(nll_and_grad, inputs=[self.model.state]) if compiled else nll_and_grad
 
     def __call__(self, batches: Sequence[Batch], step: int, learning_rate: float) -> Outcome:
         """Do update `step` (counted from 1) at `learning_rate`."""
         nll, grad, target_tokens = 0.0, None, 0
         for index, batch in enumerate(batches):
-            arrays = map(mx.array, (batch.inputs_BT, batch.targets_BT, batch.mask_BT))
-            (part, _), part_grad = self._nll_and_grad(*arrays, self._dropout_keys(step, index))
+            inputs = self.objective.prepared(batch)
+            part, part_grad = self._nll_and_grad(inputs, self._dropout_keys(step, index))
             grad = part_grad if grad is None else tree_map(mx.add, grad, part_grad)
             mx.eval(part, grad)  # frees this micro-batch's activations
             nll, target_tokens = nll + number(part), target_tokens + batch.target_tokens
@@ -74,21 +74,19 @@ class TrainStep:
         self.optimizer.update(self.model, grad)
         mx.eval(self.model.trainable_parameters(), self.optimizer.state)
 
-    def _nll_and_grad(self, *arguments: mx.array) -> Any:
-        """((nll, tokens), gradients) of one micro-batch; no traced array stays behind in the model."""
+    def _nll_and_grad(self, inputs: LossInputs, keys: mx.array) -> Any:
+        """(nll, gradients) of one micro-batch; no traced array stays behind in the model."""
         trained = self.model.trainable_parameters()
         try:
-            return self._graph(trained, *arguments)
+            return self._graph(trained, inputs, keys)
         finally:
             self.model.update(trained)
             set_dropout_keys(self._lora, None)
 
-    def _nll(
-        self, trained: Any, inputs: mx.array, targets: mx.array, mask: mx.array, keys: mx.array
-    ) -> tuple[mx.array, mx.array]:
+    def _nll(self, trained: Any, inputs: LossInputs, keys: mx.array) -> mx.array:
         self.model.update(trained)
         set_dropout_keys(self._lora, keys if self._has_dropout else None)
-        return model_nll(self.model, inputs, targets, mask)
+        return self.objective.nll(LossInputs(*inputs))
 
     def _dropout_keys(self, step: int, micro_batch: int) -> mx.array:
         """One key per low-rank layer, (layers, 2) uint32: a function of seed, step and micro-batch."""

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import mlx.core as mx
-import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
@@ -18,6 +17,7 @@ from mlx_qlora.errors import CheckpointError, DivergenceError, Interrupted
 from mlx_qlora.lora.adapter import adapter_tensors, set_adapter_tensors
 from mlx_qlora.memory.monitor import MemoryMonitor, MemorySample
 from mlx_qlora.objective.evaluate import evaluate
+from mlx_qlora.objective.loss import Objective
 from mlx_qlora.training.checkpoint import Checkpoint, CheckpointStore, Progress
 from mlx_qlora.training.events import (
     MemoryPressure,
@@ -44,7 +44,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: nn.Module,
+        objective: Objective,
         optimizer: optim.Optimizer,
         batches: Batches,
         validation: Sequence[Batch],
@@ -56,10 +56,11 @@ class Trainer:
         monitor: MemoryMonitor,
         stop: StopRequest,
     ) -> None:
-        self.model, self.optimizer, self.batches, self.validation = model, optimizer, batches, validation
+        self.objective, self.model, self.optimizer = objective, objective.model, optimizer
+        self.batches, self.validation = batches, validation
         self.config, self.checkpoints, self.publish = config, checkpoints, publish
         self.emit, self.monitor, self.stop = emit, monitor, stop
-        self.step = TrainStep(model, optimizer, config)
+        self.step = TrainStep(objective, optimizer, config)
         self.progress = Progress()
         self.total_steps = total_steps(config, batches)
         self.budget_bytes = monitor.budget_bytes(config.memory_budget_gib)
@@ -147,7 +148,7 @@ class Trainer:
 
     def _validate(self) -> None:
         started = time.perf_counter()
-        result = evaluate(self.model, self.validation)
+        result = evaluate(self.model, self.validation, self.objective)
         self.progress = validated(self.progress, result.loss_nats)
         is_best = self.progress.best_step == self.progress.step
         self.emit(

@@ -59,7 +59,7 @@ def resolve_model(model: str, revision: str | None = None, trust_remote_code: bo
         folder, name = _from_hub(model, revision, trust_remote_code), model
     config = _read_config(folder)
     _check_code(config, folder, trust_remote_code)
-    _check_architecture(config, folder, trust_remote_code)
+    _check_architecture(config, folder)
     _check_weights(folder)
     return ModelSource(folder, name, revision, config)
 
@@ -143,7 +143,7 @@ def _check_code(config: dict[str, Any], folder: Path, trust_remote_code: bool) -
         )
 
 
-def _check_architecture(config: dict[str, Any], folder: Path, trust_remote_code: bool) -> None:
+def _check_architecture(config: dict[str, Any], folder: Path) -> None:
     if _is_known(config) or config.get("model_file") is not None:
         return
     near = get_close_matches(config["model_type"], _architectures(), n=3, cutoff=0.5)

@@ -9,6 +9,7 @@ from mlx.utils import tree_flatten
 from mlx_qlora.config import TrainingConfig
 from mlx_qlora.dataset.batches import Batch
 from mlx_qlora.objective.evaluate import evaluate
+from mlx_qlora.objective.loss import objective_for
 from mlx_qlora.training.optimizer import build_optimizer
 from mlx_qlora.training.recompute import recomputed
 from mlx_qlora.training.step import TrainStep, mixed_key
@@ -20,7 +21,7 @@ def stepped(batches, *, model=None, dropout=0.0, checkpointing=False, step=1, ra
     model = model or with_lora(tiny_llama(), dropout=dropout)
     training = TrainingConfig(**{"max_grad_norm": None, "optimizer": "sgd", **config})
     with recomputed(list(model.layers), enabled=checkpointing):
-        outcome = TrainStep(model, build_optimizer(training), training)(batches, step, rate)
+        outcome = TrainStep(objective_for(model), build_optimizer(training), training)(batches, step, rate)
     return outcome, dict(tree_flatten(model.trainable_parameters()))
 
 
@@ -39,9 +40,8 @@ def single_rows(batch: Batch) -> list[Batch]:
 
 def test_loss_and_gradients_of_a_padded_batch_equal_a_reference_of_one_example_at_a_time():
     batch, model = random_batch([9, 40, 23]), with_lora(tiny_llama())
-    inputs, targets, mask = map(mx.array, (batch.inputs_BT, batch.targets_BT, batch.mask_BT))
-    step = TrainStep(model, build_optimizer(TrainingConfig()), TrainingConfig(compile=False))
-    (nll, _), grad = step._nll_and_grad(inputs, targets, mask, step._dropout_keys(1, 0))
+    step = TrainStep(objective_for(model), build_optimizer(TrainingConfig()), TrainingConfig(compile=False))
+    nll, grad = step._nll_and_grad(step.objective.prepared(batch), step._dropout_keys(1, 0))
 
     def one_by_one(model):
         total = mx.array(0.0)
