@@ -15,7 +15,9 @@ from mlx_qlora.config import build_config
 def quantize(
     model: Annotated[str, typer.Argument(help="Hub id or folder of a 16-bit model.")],
     output: Annotated[Path, typer.Option(help="Folder for the quantized model.")],
-    bits: Annotated[int, typer.Option(help="Bits per weight: 2, 3, 4, 5, 6 or 8.")] = 4,
+    bits: Annotated[
+        int | None, typer.Option(help="Bits per weight: 2, 3, 4, 5, 6 or 8; 4 if not given.")
+    ] = None,
     group_size: Annotated[int | None, typer.Option(help="Inputs that share a scale: 32, 64, 128.")] = None,
     mode: Annotated[str, typer.Option(help="affine, mxfp4, mxfp8 or nvfp4.")] = "affine",
     skip: Annotated[list[str] | None, typer.Option(help="A layer that stays as it is: lm_head.")] = None,

@@ -84,8 +84,8 @@ def resolve(config: QuantizationConfig) -> Scheme | None:
     if config.scheme in UNQUANTIZED:
         return None
     scheme = scheme_named(config.scheme)
-    bits = config.bits or scheme.bits
     mode = config.mode or scheme.mode
+    bits = config.bits or (scheme.bits if mode == scheme.mode else _default_bits(mode, scheme.bits))
     default_group = scheme.group_size if mode == scheme.mode else _default_group(mode, bits)
     return checked(replace(scheme, bits=bits, mode=mode, group_size=config.group_size or default_group))
 
@@ -115,6 +115,11 @@ def checked(scheme: Scheme) -> Scheme:
         )
     name = f"int{scheme.bits}" if scheme.mode == "affine" else scheme.mode
     return replace(scheme, name=name)
+
+
+def _default_bits(mode: str, wanted: int) -> int:
+    widths = _POSSIBLE.get(mode, {wanted: ()})
+    return wanted if wanted in widths else next(iter(widths))
 
 
 def _default_group(mode: str, bits: int) -> int:

@@ -108,3 +108,8 @@ def test_a_configuration_gives_a_scheme_mlx_has_or_a_config_error(scheme, bits, 
     except ConfigError:
         return
     assert resolved is None or mlx_accepts(resolved)
+
+
+def test_a_mode_alone_takes_its_own_width_and_group():
+    scheme = resolve(QuantizationConfig(mode="mxfp8"))
+    assert (scheme.name, scheme.bits, scheme.group_size) == ("mxfp8", 8, 32)
