@@ -58,3 +58,50 @@ def random_batch(lengths: list[int], *, seed: int = 0, prompt: int = 2) -> Batch
         inputs[row, : length - 1], targets[row, : length - 1] = tokens[:-1], tokens[1:]
         mask[row, prompt : length - 1] = True
     return Batch(inputs, targets, mask, tokens=sum(lengths))
+
+
+ARCHITECTURES: dict[str, dict[str, object]] = {
+    "llama": {"model_type": "llama", "tie_word_embeddings": False},
+    "mistral": {
+        "model_type": "mistral",
+        "tie_word_embeddings": False,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True},
+    "gemma2": {"model_type": "gemma2", "query_pre_attn_scalar": 16, "final_logit_softcapping": 3.0},
+    "phi3": {"model_type": "phi3", "tie_word_embeddings": False},
+    "cohere": {"model_type": "cohere", "logit_scale": 0.25},
+}
+_SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 512,
+}
+
+
+def tiny_model(name: str, *, bits: int | None = 4, seed: int = 3) -> nn.Module:
+    """A random model of one of `ARCHITECTURES` in float32, hidden size 64, quantized unless bits is None."""
+    from mlx_lm.utils import _get_classes
+
+    config = {**_SIZES, **ARCHITECTURES[name]}
+    mx.random.seed(seed)
+    model_class, args_class = _get_classes(config)
+    model = model_class(args_class.from_dict(config))
+    if bits:
+        nn.quantize(model, 64, bits)
+    mx.eval(model.parameters())
+    return model
+
+
+def target_modules(name: str) -> tuple[str, ...]:
+    """Linear layers to adapt in a model of that architecture."""
+    return ("qkv_proj", "down_proj") if name == "phi3" else ("q_proj", "v_proj", "down_proj")
