@@ -7,9 +7,11 @@ from mlx_qlora.dataset.render import (
     ensure_chat_template,
     render,
     render_prompt,
+    template_hash,
     template_of,
 )
-from mlx_qlora.dataset.splits import DataReport, Dataset, load_dataset
+from mlx_qlora.dataset.report import DataReport, SplitReport
+from mlx_qlora.dataset.splits import Dataset, load_dataset
 
 __all__ = [
     "DEFAULT_CHAT_TEMPLATE",
@@ -19,6 +21,7 @@ __all__ = [
     "Dataset",
     "Example",
     "Record",
+    "SplitReport",
     "ensure_chat_template",
     "in_order",
     "load_dataset",
@@ -26,5 +29,6 @@ __all__ = [
     "read_records",
     "render",
     "render_prompt",
+    "template_hash",
     "template_of",
 ]

@@ -93,7 +93,8 @@ class RecordFile:
     def unused_columns(self) -> set[str]:
         """The canonical names whose column in `columns` no row had, or whose schema is another."""
         known = (*self.schema.required, *self.schema.optional) if self.schema else ()
-        return {name for name, own in self.columns.items() if name not in known or own not in self.column_names}
+        used = {name for name in known if self.columns.get(name) in self.column_names}
+        return set(self.columns) - used
 
 
 def read_records(path: Path, columns: Mapping[str, str]) -> tuple[list[Record], list[str]]:
@@ -126,12 +127,12 @@ def read_conversations(path: Path) -> list[list[Message]]:
 
 
 def detect_schema(row: Mapping[str, Any], columns: Mapping[str, str]) -> Schema:
-    """The first schema whose columns a row has.
+    """The first schema whose columns a row has; those with a renamed column come first.
 
     Raises:
         BadRow: it has those of none.
     """
-    for schema in SCHEMAS:
+    for schema in sorted(SCHEMAS, key=lambda schema: not any(name in columns for name in schema.required)):
         if all(columns.get(name, name) in row for name in schema.required):
             return schema
     raise BadRow(f"it has the columns {_names(row)}; a row needs {_WANTED}")
@@ -154,8 +155,10 @@ def _text(value: Any, name: str) -> str:
         raise BadRow(f"{name!r} is empty")
     if "\x00" in value:
         raise BadRow(f"{name!r} has a NUL character")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise BadRow(f"{name!r} has half of a surrogate pair")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadRow(f"{name!r} has half of a surrogate pair") from None
     return value
 
 
@@ -194,8 +197,9 @@ def _from_pair(question: str, answer: str) -> Callable[[Mapping[str, Any], str],
 
 def _from_instruction(row: Mapping[str, Any], source: str) -> Record:
     asked = _text(row["instruction"], "instruction")
-    if row.get("input") not in (None, ""):
-        asked += "\n\n" + _text(row["input"], "input")
+    given = row.get("input")
+    if not (given is None or (isinstance(given, str) and not given.strip())):
+        asked += "\n\n" + _text(given, "input")
     return Record(source, _conversation(("user", asked), ("assistant", _text(row["output"], "output"))))
 
 

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from mlx_qlora.config import DataConfig
-from mlx_qlora.dataset.records import BadRow, Example, Message, Record
+from mlx_qlora.dataset.encoding import encoder_of, inner_of
+from mlx_qlora.dataset.records import Example, Message, Record
+from mlx_qlora.dataset.rows import BadRow
 
 DEFAULT_CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'system' %}{{ message['content'] + '\n\n' }}"
-    "{% elif message['role'] == 'assistant' %}{{ 'Assistant: ' + message['content'] + eos_token + '\n' }}"
+    "{% elif message['role'] == 'assistant' %}"
+    "{{ 'Assistant: ' + message['content'] }}{{ eos_token }}{{ '\n' }}"
     "{% else %}{{ 'User: ' + message['content'] + '\n' }}{% endif %}"
     "{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
-"""For base models that bring no template of their own; kept in the adapter."""
+"""For base models that bring no template of their own; kept in the adapter. The prompt ends before the
+space, because tokenizers join a space with the word that follows it."""
 
 _BEGIN = "{{ bos_token }}"
-# Private-use characters: they stand for a turn's text while the template around it is rendered.
-_OPEN, _CLOSE = "\ue000", "\ue001"
 
 
 @dataclass(frozen=True)
@@ -35,26 +37,41 @@ class Rendered:
     targets: list[bool]
 
 
+class Unmaskable(BadRow):
+    """The chat template does not show which tokens of a conversation are answers."""
+
+
 def ensure_chat_template(tokenizer: Any, template: str | None = None) -> str:
     """Give a tokenizer this chat template, or the default one if it has none; the one in use.
 
     Args:
         template: Replaces the tokenizer's own, as when an adapter was trained with another.
     """
-    inner = _inner(tokenizer)
+    inner = inner_of(tokenizer)
     if template is not None:
         inner.chat_template = template
-    elif not inner.chat_template and not getattr(tokenizer, "has_chat_template", False):
+    elif not has_chat_template(tokenizer):
         begins = inner.bos_token_id is not None and inner("a")["input_ids"][:1] == [inner.bos_token_id]
         inner.chat_template = (_BEGIN if begins else "") + DEFAULT_CHAT_TEMPLATE
     if inner is not tokenizer and inner.chat_template:
-        tokenizer.has_chat_template = True
+        tokenizer.has_chat_template = True  # mlx-lm's wrapper looks only once, when it is made
     return template_of(tokenizer)
 
 
+def has_chat_template(tokenizer: Any) -> bool:
+    """Whether a tokenizer brings a chat template, as Jinja or, in mlx-lm's wrapper, as code."""
+    return bool(inner_of(tokenizer).chat_template) or bool(getattr(tokenizer, "has_chat_template", False))
+
+
 def template_of(tokenizer: Any) -> str:
-    """The chat template in use, as text."""
-    return _inner(tokenizer).chat_template or ""
+    """The chat template in use, as text; of several, the default one."""
+    template = inner_of(tokenizer).chat_template or ""
+    return template if isinstance(template, str) else str(template.get("default", ""))
+
+
+def template_hash(tokenizer: Any) -> str:
+    """SHA-256 of the chat template in use, as hexadecimal digits."""
+    return hashlib.sha256(template_of(tokenizer).encode("utf-8")).hexdigest()
 
 
 def render_prompt(tokenizer: Any, messages: Sequence[Message], system_prompt: str | None = None) -> list[int]:
@@ -65,8 +82,7 @@ def render_prompt(tokenizer: Any, messages: Sequence[Message], system_prompt: st
         system_prompt: Put before a conversation that has no system turn.
     """
     ensure_chat_template(tokenizer)
-    messages = with_system_prompt(tokenizer, messages, system_prompt)
-    return _encoded(tokenizer, messages, prompt=True).tokens
+    return _encoded(tokenizer, with_system_prompt(tokenizer, messages, system_prompt), prompt=True).tokens
 
 
 def render(tokenizer: Any, record: Record, config: DataConfig) -> Rendered:
@@ -75,116 +91,136 @@ def render(tokenizer: Any, record: Record, config: DataConfig) -> Rendered:
     Every assistant turn is a target, with the tokens that end it; of plain text, everything.
 
     Raises:
-        BadRow: the template refuses the conversation, or cannot be masked.
+        BadRow: the template refuses the conversation, or (Unmaskable) does not show its answers.
     """
     if record.text is not None:
         return _rendered_text(tokenizer, record.text)
     messages = with_system_prompt(tokenizer, record.messages, config.system_prompt)
-    rendered = _encoded(tokenizer, messages, prompt=False)
-    if config.loss_on == "all":
-        return Rendered(rendered.tokens, [True] * len(rendered.tokens))
-    return rendered
+    return _encoded(tokenizer, messages, prompt=False, all_targets=config.loss_on == "all")
 
 
-def truncated(rendered: Rendered, config: DataConfig, eos: int | None, source: str) -> Example | None:
+def truncated(rendered: Rendered, config: DataConfig, stops: Sequence[int], source: str) -> Example | None:
     """The row within max_seq_length; None when it is to be dropped.
 
-    A row that is cut ends in EOS, which is a target: the model still learns to stop.
+    A row that is cut ends in EOS, which is a target: the model still learns to stop. Cut inside of a later
+    question, it ends where the answer before it does.
+
+    Args:
+        stops: Tokens that end an answer, EOS first.
     """
     tokens, targets = rendered.tokens, rendered.targets
-    if len(tokens) > config.max_seq_length:
+    limit = config.max_seq_length
+    if len(tokens) > limit:
         if config.truncation == "drop":
             return None
-        tokens, targets = tokens[: config.max_seq_length], targets[: config.max_seq_length]
-        if eos is not None and any(targets[1:]):
-            tokens, targets = [*tokens[:-1], eos], [*targets[:-1], True]
+        kept = limit
+        if targets[kept - 1] and not targets[kept - 2] and tokens[kept - 1] not in stops:
+            kept -= 1  # of this answer only EOS would be left, which teaches silence
+        while kept and not targets[kept - 1]:
+            kept -= 1
+        tokens, targets = tokens[: kept or limit], targets[: kept or limit]
+        if kept and stops and tokens[-1] not in stops:
+            room = min(kept, limit - 1)
+            tokens, targets = [*tokens[:room], stops[0]], [*targets[:room], True]
     mask = np.array(targets, bool)
     mask[:1] = False
     return Example(np.array(tokens, np.int32), mask, source)
+
+
+def stop_tokens(tokenizer: Any) -> list[int]:
+    """The tokens that end an answer, EOS first."""
+    eos = inner_of(tokenizer).eos_token_id
+    others = getattr(tokenizer, "eos_token_ids", None) or ()
+    return [*([eos] if eos is not None else []), *sorted(set(others) - {eos})]
 
 
 def with_system_prompt(
     tokenizer: Any, messages: Sequence[Message], system_prompt: str | None
 ) -> list[Message]:
     """The conversation with a system turn; merged into the first user turn where a template has none."""
-    if system_prompt is None or any(message["role"] == "system" for message in messages):
-        return list(messages)
-    whole = [{"role": "system", "content": system_prompt}, *messages]
-    try:
-        text = _as_text(tokenizer, whole, prompt=whole[-1]["role"] != "assistant")
-    except BadRow:
-        text = ""
-    if system_prompt.strip() in text:
+    whole = list(messages)
+    if system_prompt is not None and not any(message["role"] == "system" for message in messages):
+        whole = [{"role": "system", "content": system_prompt}, *messages]
+    starts_with_system = [message["role"] for message in whole[:2]] == ["system", "user"]
+    if not starts_with_system or has_system_role(tokenizer):
         return whole
-    first, *rest = messages
-    return [{**first, "content": f"{system_prompt}\n\n{first['content']}"}, *rest]
+    system, first, *rest = whole
+    return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
 
 
-def _encoded(tokenizer: Any, messages: Sequence[Message], *, prompt: bool) -> Rendered:
-    """Tokens of a conversation. A turn that spells a control token must not become one.
-
-    Ordinary conversations are rendered and tokenized in one go, exactly as the tokenizer itself would.
-    Where a turn contains the text of a special token, turns and template are tokenized apart, the turns
-    with special tokens switched off.
-    """
-    specials = [token for token in _inner(tokenizer).all_special_tokens if token]
-    if any(token in message["content"] for message in messages for token in specials):
-        return _encoded_apart(tokenizer, messages, prompt=prompt)
-    text, spans = _spans(tokenizer, messages, prompt=prompt)
-    encoding = _inner(tokenizer)(text, add_special_tokens=False, return_offsets_mapping=bool(spans))
-    tokens = list(encoding["input_ids"])
-    if not spans:
-        return Rendered(tokens, [False] * len(tokens))
-    ends = [end for _, end in encoding["offset_mapping"]]
-    return Rendered(tokens, [any(a < end <= b for a, b in spans) for end in ends])
+def has_system_role(tokenizer: Any) -> bool:
+    """Whether the chat template shows a system turn; some refuse it, some leave it out."""
+    probe = [{"role": "system", "content": "MLXQLORA"}, {"role": "user", "content": "?"}]
+    try:
+        return "MLXQLORA" in _as_text(tokenizer, probe, prompt=True)
+    except BadRow:
+        return False
 
 
-def _encoded_apart(tokenizer: Any, messages: Sequence[Message], *, prompt: bool) -> Rendered:
-    held = [{**message, "content": f"{_OPEN}{number}{_CLOSE}"} for number, message in enumerate(messages)]
-    text, spans = _spans(tokenizer, held, prompt=prompt)
-    inner = _inner(tokenizer)
-    tokens: list[int] = []
-    targets: list[bool] = []
-    cuts = sorted({0, len(text), *(edge for span in spans for edge in span)})
-    for begin, end in pairwise(cuts):
-        is_target = any(a <= begin and end <= b for a, b in spans)
-        for piece, is_content in _pieces(text[begin:end], messages):
-            part = inner(piece, add_special_tokens=False, split_special_tokens=is_content)["input_ids"]
-            tokens += part
-            targets += [is_target] * len(part)
+def _encoded(
+    tokenizer: Any, messages: Sequence[Message], *, prompt: bool, all_targets: bool = False
+) -> Rendered:
+    """Tokens of a conversation: exactly the tokenizer's own, unless a turn spells a control token
+    or an answer's first letters would join the prompt's last ones (see `Encoder`)."""
+    encoder = encoder_of(tokenizer)
+    hidden = any(encoder.spells_control(message["content"]) for message in messages)
+    if hidden:
+        messages = [{**message, "content": encoder.hide(message["content"])} for message in messages]
+    text = _as_text(tokenizer, messages, prompt=prompt)
+    try:
+        spans = _answer_spans(tokenizer, messages, text, prompt=prompt)
+    except Unmaskable:
+        if not (prompt or all_targets):
+            raise
+        spans = []
+    ends = [edge for span in spans for edge in span]
+    if not ends or ends[-1] < len(text):
+        ends.append(len(text))
+    tokens, counts = encoder.encode(text, ends, hidden=hidden)
+    targets = [all_targets] * len(tokens)
+    for first, last in zip(counts[::2], counts[1::2], strict=False):
+        targets[first:last] = [True] * (last - first)
     return Rendered(tokens, targets)
 
 
-def _pieces(text: str, messages: Sequence[Message]) -> list[tuple[str, bool]]:
-    """Template text and turns' text, in order; True marks a turn's."""
-    first, *rest = text.split(_OPEN)
-    pieces = [(first, False)]
-    for chunk in rest:
-        number, _, template = chunk.partition(_CLOSE)
-        pieces += [(messages[int(number)]["content"], True), (template, False)]
-    return [(piece, is_content) for piece, is_content in pieces if piece]
-
-
-def _spans(tokenizer: Any, messages: Sequence[Message], *, prompt: bool) -> tuple[str, list[tuple[int, int]]]:
-    """The rendered text and where in it the assistant's turns stand; none for a prompt.
+def _answer_spans(
+    tokenizer: Any, messages: Sequence[Message], text: str, *, prompt: bool
+) -> list[tuple[int, int]]:
+    """Where in the rendered text the assistant's turns stand, each through the tokens that end it.
 
     Raises:
-        BadRow: what stands before an answer is not how the whole begins, so it cannot be masked.
+        Unmaskable: what stands before an answer is not how the whole begins.
     """
-    text = _as_text(tokenizer, messages, prompt=prompt)
     spans = []
     for index, message in enumerate(messages):
-        if prompt or message["role"] != "assistant":
+        if message["role"] != "assistant":
             continue
         before = _as_text(tokenizer, messages[:index], prompt=True)
-        through = _as_text(tokenizer, messages[: index + 1], prompt=False)
-        if not (text.startswith(before) and text.startswith(through) and len(before) < len(through)):
-            raise BadRow(
+        is_last = not prompt and index == len(messages) - 1
+        through = text if is_last else _as_text(tokenizer, messages[: index + 1], prompt=False)
+        end = _answer_end(tokenizer, text, len(before), through, message) if text.startswith(before) else None
+        if end is None:
+            raise Unmaskable(
                 "the chat template changes earlier turns when later ones follow, so answers cannot be told "
-                "from questions; --set data.loss_on=all trains on everything"
+                "from questions; data.loss_on=all trains on everything"
             )
-        spans.append((len(before), len(through)))
-    return text, spans
+        spans.append((len(before), end))
+    return spans
+
+
+def _answer_end(tokenizer: Any, text: str, begin: int, through: str, message: Message) -> int | None:
+    encoder = encoder_of(tokenizer)
+    if text.startswith(through) and len(through) > begin:
+        # A line break that the template writes after the end of a turn is never generated.
+        shown = through.rstrip()
+        return len(shown) if encoder.ends_with_control(shown) and len(shown) > begin else len(through)
+    # Templates that shorten the thoughts of earlier turns: the answer itself, and the control token after it.
+    answer = message["content"].strip()
+    at = begin + len(text[begin:]) - len(text[begin:].lstrip())
+    if not text.startswith(answer, at):
+        return None
+    end = encoder.control_end(text, at + len(answer))
+    return end if end > at + len(answer) else None
 
 
 def _as_text(tokenizer: Any, messages: Sequence[Message], *, prompt: bool) -> str:
@@ -197,15 +233,11 @@ def _as_text(tokenizer: Any, messages: Sequence[Message], *, prompt: bool) -> st
 
 
 def _rendered_text(tokenizer: Any, text: str) -> Rendered:
-    inner = _inner(tokenizer)
-    specials = [token for token in inner.all_special_tokens if token]
-    is_plain = not any(token in text for token in specials)
-    tokens = list(inner(text, split_special_tokens=not is_plain)["input_ids"])
+    """Plain text was laid out by its author: control tokens in it are meant, and BOS or EOS not doubled."""
+    inner = inner_of(tokenizer)
+    tokens = list(inner(text)["input_ids"])
+    if inner.bos_token_id is not None and tokens[:2] == [inner.bos_token_id] * 2:
+        tokens = tokens[1:]
     if inner.eos_token_id is not None and tokens[-1:] != [inner.eos_token_id]:
         tokens.append(inner.eos_token_id)
     return Rendered(tokens, [True] * len(tokens))
-
-
-def _inner(tokenizer: Any) -> Any:
-    """The Hugging Face tokenizer inside of mlx-lm's wrapper."""
-    return getattr(tokenizer, "_tokenizer", tokenizer)

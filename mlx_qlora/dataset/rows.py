@@ -65,7 +65,9 @@ class RowFile:
         try:
             text = self.path.read_bytes().decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise DataError(f"The file is not UTF-8 (byte {error.start + 1}).", where=str(self.path)) from None
+            raise DataError(
+                f"The file is not UTF-8 (byte {error.start + 1}).", where=str(self.path)
+            ) from None
         lenient, line, counted = json.JSONDecoder(), 1, 0
         position = _after_space(text, text.index("[") + 1)
         while text[position : position + 1] != "]":

@@ -150,4 +150,4 @@ def test_the_logits_of_a_large_vocabulary_never_exist_at_once():
     plain = peak(lambda h: weighted_nll(head(h), targets, weights))
     fused = peak(lambda h: fused_nll(h, targets, weights, head, 1024**2))
     assert plain > 2 * logits_bytes
-    assert fused < 0.15 * plain
+    assert fused < 12 * 1024**2  # a chunk is 1 MiB; without the order between chunks it is 25 MB
