@@ -118,6 +118,10 @@ class DataConfig(Config):
     columns: dict[str, str] = Field(default_factory=dict)
     """The data's own column names: {question: pergunta, answer: resposta}."""
 
+    packing: bool = False
+    """Fill rows of max_seq_length with as many examples as fit: fewer, fuller updates to an epoch. Without it
+    an update has the same examples as ever, and is laid out without padding where that is cheaper."""
+
     max_valid_examples: PositiveInt | None = None
     """Validate on the first so many rows; None is all."""
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from mlx_qlora.dataset.packing import concatenated, pack, padded_length
 from mlx_qlora.dataset.records import Example
-
-MULTIPLE = 32
+from mlx_qlora.errors import DataError
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch, padded on the right. Shapes: B rows, T tokens, T a multiple of 32."""
+    """One micro-batch, padded on the right. Shapes: B rows, T tokens."""
 
     inputs_BT: np.ndarray
     targets_BT: np.ndarray
@@ -24,69 +24,131 @@ class Batch:
     """Where `targets_BT` is trained on."""
     tokens: int
     """Real tokens, padding excluded."""
+    segments_BT: np.ndarray | None = None
+    """Which example a position belongs to, -1 behind the last; None when each row is one example."""
     target_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "target_tokens", int(self.mask_BT.sum()))
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How the examples of a micro-batch are laid out.
+
+    Side by side, short examples are padded to the longest. End to end in one row nothing is padded, but
+    attention looks over the whole row. What is cheaper is decided for each micro-batch.
+    """
+
+    may_concatenate: bool = False
+    """Whether the model keeps examples in one row apart."""
+    linear_cost: float = 0.0
+    """Cost of a token's linear layers, in units of attending to one more position."""
+    row_capacity: int | None = None
+    """Pack each epoch into rows of so many positions, instead of taking examples one by one."""
+    longest_row: int | None = None
+    """Positions the model can tell apart; None has no limit."""
+
+    def concatenates(self, lengths: Sequence[int]) -> bool:
+        """Whether examples with so many positions are cheaper end to end."""
+        total, width = padded_length(sum(lengths)), padded_length(max(lengths))
+        fits = self.longest_row is None or total <= self.longest_row
+        end_to_end = total * (self.linear_cost + total)
+        side_by_side = len(lengths) * width * (self.linear_cost + width)
+        return self.may_concatenate and fits and end_to_end < side_by_side
+
+
+PADDED = Layout()
+"""Side by side, always."""
+
+
 class Batches:
-    """The micro-batches of each optimizer step: a pure function of the seed and of the step."""
+    """The micro-batches of each optimizer step: a pure function of the seed and of the step.
+
+    Raises:
+        DataError: there are no examples.
+    """
 
     def __init__(
-        self, examples: Sequence[Example], batch_size: int, gradient_accumulation: int, seed: int
+        self,
+        examples: Sequence[Example],
+        batch_size: int,
+        gradient_accumulation: int,
+        seed: int,
+        layout: Layout = PADDED,
     ) -> None:
-        import mlx.data as dx
-
-        self.batch_size, self.gradient_accumulation, self.seed = batch_size, gradient_accumulation, seed
+        if not examples:
+            raise DataError("There is no row to train on.")
+        self.batch_size, self.gradient_accumulation = batch_size, gradient_accumulation
+        self.seed, self.layout = seed, layout
         self.num_examples = len(examples)
-        self.micro_batches_per_epoch = -(-self.num_examples // batch_size)
+        self._buffer = _buffer(examples)
+        self._lengths = [len(example.tokens) - 1 for example in examples]
+        self.micro_batches_per_epoch = -(-len(self._rows(0)) // batch_size)
         self.steps_per_epoch = -(-self.micro_batches_per_epoch // gradient_accumulation)
-        self._buffer = dx.buffer_from_vector([_sample(example) for example in examples])
         self._epoch: int | None = None
 
     def step(self, step: int) -> list[Batch]:
         """The micro-batches of global step `step`, counted from 0; an epoch's last may be fewer."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        self._seek(epoch)
+        if epoch != self._epoch:
+            rows = self._rows(epoch)
+            self._row_lengths = [len(row) for row in rows]
+            self._permuted = self._buffer.perm([index for row in rows for index in row])
+            self._begins = np.concatenate([[0], np.cumsum(self._row_lengths)])
+            self._epoch = epoch
         first = place * self.gradient_accumulation
         last = min(first + self.gradient_accumulation, self.micro_batches_per_epoch)
-        return [_collated(self._batched[index]) for index in range(first, last)]
+        return [self._micro_batch(index) for index in range(first, last)]
 
-    def _seek(self, epoch: int) -> None:
-        if epoch != self._epoch:
-            order = np.random.default_rng([self.seed, epoch]).permutation(self.num_examples)
-            self._batched = _batched(self._buffer.perm(order.tolist()), self.batch_size)
-            self._epoch = epoch
+    def _rows(self, epoch: int) -> list[list[int]]:
+        """The epoch's examples in the epoch's order; packed, several to a row."""
+        rng = np.random.default_rng([self.seed, epoch])
+        order = rng.permutation(self.num_examples)
+        if self.layout.row_capacity is None:
+            return [[int(index)] for index in order]
+        packed = pack([self._lengths[index] for index in order], self.layout.row_capacity)
+        return [[int(order[item]) for item in packed[row]] for row in rng.permutation(len(packed))]
+
+    def _micro_batch(self, index: int) -> Batch:
+        numbers = range(index * self.batch_size, min((index + 1) * self.batch_size, len(self._row_lengths)))
+        rows = [
+            [_example(self._permuted[int(at)]) for at in range(self._begins[n], self._begins[n + 1])]
+            for n in numbers
+        ]
+        return collated(rows, self.layout)
 
 
-def in_order(examples: Sequence[Example], batch_size: int) -> Iterator[Batch]:
+def in_order(examples: Sequence[Example], batch_size: int, layout: Layout = PADDED) -> Iterator[Batch]:
     """All examples once, the short ones together, for validation."""
+    ordered = sorted(examples, key=lambda example: len(example.tokens))
+    for first in range(0, len(ordered), batch_size):
+        yield collated([[example] for example in ordered[first : first + batch_size]], layout)
+
+
+def collated(rows: Sequence[Sequence[Example]], layout: Layout) -> Batch:
+    """One micro-batch of rows, each one example or several packed ones."""
+    tokens = sum(len(example.tokens) for row in rows for example in row)
+    is_packed = any(len(row) > 1 for row in rows)
+    if not is_packed and layout.concatenates([len(row[0].tokens) - 1 for row in rows]):
+        rows, is_packed = [[example for row in rows for example in row]], True
+    inputs, targets, mask, segments = concatenated(rows)
+    return Batch(inputs, targets, mask, tokens, segments if is_packed else None)
+
+
+def _buffer(examples: Sequence[Example]) -> Any:
     import mlx.data as dx
 
-    if not examples:
-        return
-    ordered = sorted(examples, key=lambda example: len(example.tokens))
-    batched = _batched(dx.buffer_from_vector([_sample(example) for example in ordered]), batch_size)
-    for index in range(len(batched)):
-        yield _collated(batched[index])
+    return dx.buffer_from_vector(
+        [
+            {
+                "tokens": example.tokens.astype(np.int32),
+                "targets": example.targets_mask.astype(np.int8),
+            }
+            for example in examples
+        ]
+    )
 
 
-def _sample(example: Example) -> dict[str, np.ndarray]:
-    return {
-        "tokens": example.tokens.astype(np.int32),
-        "mask": example.targets_mask.astype(np.int8),
-        "length": np.array(len(example.tokens), np.int32),
-    }
-
-
-def _batched(buffer: Any, batch_size: int) -> Any:
-    return buffer.batch(batch_size, pad={"tokens": 0, "mask": 0})
-
-
-def _collated(rows: dict[str, np.ndarray]) -> Batch:
-    tokens, mask = rows["tokens"], rows["mask"]
-    width = max(MULTIPLE, -(-(tokens.shape[1] - 1) // MULTIPLE) * MULTIPLE)
-    extra = ((0, 0), (0, width + 1 - tokens.shape[1]))
-    tokens, mask = np.pad(tokens, extra), np.pad(mask, extra)
-    return Batch(tokens[:, :-1], tokens[:, 1:], mask[:, 1:].astype(bool), tokens=int(rows["length"].sum()))
+def _example(sample: dict[str, np.ndarray]) -> Example:
+    return Example(sample["tokens"], sample["targets"].astype(bool), source="")

@@ -97,7 +97,7 @@ class Encoder:
     def _ids(self, texts: list[str], *, hidden: bool) -> list[list[int]]:
         if hidden:
             return [self._ids_by_twin(text) for text in texts]
-        return list(self.inner(texts, add_special_tokens=False)["input_ids"])
+        return list(self.inner(texts, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _ids_by_twin(self, text: str) -> list[int]:
         twin = self._made_twin()

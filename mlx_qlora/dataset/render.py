@@ -129,8 +129,10 @@ def truncated(rendered: Rendered, config: DataConfig, stops: Sequence[int], sour
 
 def stop_tokens(tokenizer: Any) -> list[int]:
     """The tokens that end an answer, EOS first."""
-    eos = inner_of(tokenizer).eos_token_id
-    others = getattr(tokenizer, "eos_token_ids", None) or ()
+    inner = inner_of(tokenizer)
+    eos = inner.eos_token_id
+    # Hugging Face's own answers to this name too, with a single number.
+    others = tokenizer.eos_token_ids if tokenizer is not inner else ()
     return [*([eos] if eos is not None else []), *sorted(set(others) - {eos})]
 
 
@@ -235,7 +237,7 @@ def _as_text(tokenizer: Any, messages: Sequence[Message], *, prompt: bool) -> st
 def _rendered_text(tokenizer: Any, text: str) -> Rendered:
     """Plain text was laid out by its author: control tokens in it are meant, and BOS or EOS not doubled."""
     inner = inner_of(tokenizer)
-    tokens = list(inner(text)["input_ids"])
+    tokens = list(inner(text, verbose=False)["input_ids"])
     if inner.bos_token_id is not None and tokens[:2] == [inner.bos_token_id] * 2:
         tokens = tokens[1:]
     if inner.eos_token_id is not None and tokens[-1:] != [inner.eos_token_id]:

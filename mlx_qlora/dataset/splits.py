@@ -102,7 +102,7 @@ def held_out(prompts: Sequence[bytes], fraction: float, seed: int) -> set[int]:
     for prompt in ranked:
         if len(held) + len(groups[prompt]) <= wanted:
             held.update(groups[prompt])
-    return held or set(min(groups.values(), key=lambda rows: len(rows)))
+    return held or set(groups[min(ranked, key=lambda prompt: len(groups[prompt]))])
 
 
 class _Reading:

@@ -12,9 +12,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_qlora.dataset.batches import Batch
+from mlx_qlora.config import DataConfig
+from mlx_qlora.dataset.batches import Batch, Layout
+from mlx_qlora.errors import ConfigError
 from mlx_qlora.objective.fused import CHUNK_BYTES, fused_nll
 from mlx_qlora.objective.head import SplitModel, split
+from mlx_qlora.objective.segments import RowCache, keeps_examples_apart
 
 LABEL_MULTIPLE = 64
 """Labelled positions are padded to a multiple of this: few shapes, so that few graphs are traced."""
@@ -29,6 +32,8 @@ class LossInputs(NamedTuple):
     targets_M: mx.array
     weights_M: mx.array
     """1 for a label, 0 for padding; float32."""
+    segments_BT: mx.array
+    """The example each position belongs to; without elements when each row is one example."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +46,41 @@ class Objective:
 
     model: nn.Module
     parts: SplitModel | None
+    keeps_examples_apart: bool = False
+    """Whether several examples may share a row."""
     chunk_bytes: int = CHUNK_BYTES
 
     @property
-    def note(self) -> str | None:
+    def notes(self) -> list[str]:
         """What a person should know about how this model's loss is computed."""
-        if self.parts is not None:
-            return None
-        return "this architecture's logits are made at once: more memory than a fused loss would take"
+        notes = []
+        if self.parts is None:
+            notes.append("this architecture's logits are made at once: more memory than a fused loss takes")
+        if not self.keeps_examples_apart:
+            notes.append("this architecture cannot keep examples apart in one row: batches are padded")
+        return notes
+
+    def layout(self, config: DataConfig) -> Layout:
+        """How this model's micro-batches are best laid out.
+
+        Raises:
+            ConfigError: packing is asked for and the model cannot keep examples apart.
+        """
+        if config.packing and not self.keeps_examples_apart:
+            raise ConfigError(
+                "This architecture cannot keep examples apart in one row, so they cannot be packed.",
+                where="data.packing",
+                run="mlx-qlora train … --set data.packing=false",
+            )
+        args = getattr(self.model, "args", None)
+        return Layout(
+            may_concatenate=self.keeps_examples_apart,
+            # A block has about 12 D² weights, two operations each; a score and its value take 4 D, and
+            # causal attention skips half of them.
+            linear_cost=12.0 * getattr(args, "hidden_size", 0),
+            row_capacity=config.max_seq_length - 1 if config.packing else None,
+            longest_row=getattr(args, "max_position_embeddings", None),
+        )
 
     def prepared(self, batch: Batch) -> LossInputs:
         """The arrays of a batch, gathered on the host."""
@@ -58,17 +90,24 @@ class Objective:
         labelled[: len(positions)] = positions
         weights = (np.arange(padded) < len(positions)).astype(np.float32)
         targets = batch.targets_BT.reshape(-1)[labelled]
-        return LossInputs(*map(mx.array, (batch.inputs_BT, labelled, targets.astype(np.int32), weights)))
+        segments = batch.segments_BT if batch.segments_BT is not None else np.zeros((0, 0), np.int32)
+        arrays = (batch.inputs_BT, labelled, targets.astype(np.int32), weights, segments)
+        return LossInputs(*map(mx.array, arrays))
 
     def nll(self, inputs: LossInputs) -> mx.array:
         """Summed negative log-likelihood of the labelled positions, in nats, float32."""
         if self.parts is None:
-            logits = self.model(inputs.inputs_BT)
+            logits = self.model(inputs.inputs_BT, **self._cache(inputs))
             at_labels = logits.reshape(-1, logits.shape[-1])[inputs.labelled_M]
             return weighted_nll(at_labels, inputs.targets_M, inputs.weights_M)
-        hidden = self.parts.trunk(inputs.inputs_BT)
+        hidden = self.parts.trunk(inputs.inputs_BT, **self._cache(inputs))
         at_labels = hidden.reshape(-1, hidden.shape[-1])[inputs.labelled_M]
         return fused_nll(at_labels, inputs.targets_M, inputs.weights_M, self.parts.head, self.chunk_bytes)
+
+    def _cache(self, inputs: LossInputs) -> dict[str, list[RowCache]]:
+        if inputs.segments_BT.size == 0:
+            return {}
+        return {"cache": [RowCache(inputs.segments_BT)] * len(self.model.layers)}
 
 
 def objective_for(model: nn.Module, chunk_bytes: int = CHUNK_BYTES) -> Objective:
@@ -76,7 +115,7 @@ def objective_for(model: nn.Module, chunk_bytes: int = CHUNK_BYTES) -> Objective
     was_training = model.training
     model.eval()
     try:
-        return Objective(model, split(model), chunk_bytes)
+        return Objective(model, split(model), keeps_examples_apart(model), chunk_bytes)
     finally:
         model.train(was_training)
 

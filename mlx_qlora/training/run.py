@@ -140,11 +140,18 @@ def _run(parts: _Parts, *, resume: bool) -> RunFinished:
     emit = fan_out([metrics, *parts.observers])
     layers = list(parts.base.model.layers)
     with stop_on_signals() as stop, recomputed(layers, enabled=training.gradient_checkpointing):
+        objective = objective_for(parts.base.model.train())
+        layout = objective.layout(parts.config.data)
+        train_rows, size, accumulation = (
+            parts.dataset.train,
+            training.batch_size,
+            training.gradient_accumulation,
+        )
         trainer = Trainer(
-            objective_for(parts.base.model.train()),
+            objective,
             build_optimizer(training),
-            Batches(parts.dataset.train, training.batch_size, training.gradient_accumulation, training.seed),
-            list(in_order(_validation_rows(parts), training.batch_size)),
+            Batches(train_rows, size, accumulation, training.seed, layout),
+            list(in_order(_validation_rows(parts), size, layout)),
             training,
             checkpoints=checkpoints,
             publish=_publisher(parts),
@@ -182,7 +189,7 @@ def _begin(parts: _Parts) -> list[str]:
 
 def _run_started(trainer: Trainer, parts: _Parts, notes: list[str]) -> RunStarted:
     model, training = parts.base.model, parts.config.training
-    notes += [trainer.objective.note] if trainer.objective.note else []
+    notes += trainer.objective.notes
     warmup = warmup_length(training, trainer.total_steps)
     if warmup != training.warmup_steps:
         notes.append(
