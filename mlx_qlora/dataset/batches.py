@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,6 +101,19 @@ class Batches:
         first = place * self.gradient_accumulation
         last = min(first + self.gradient_accumulation, self.micro_batches_per_epoch)
         return [self._micro_batch(index) for index in range(first, last)]
+
+    def halved(self) -> Batches | None:
+        """The same updates in twice as many micro-batches of half the size; None where a size is odd."""
+        if self.batch_size % 2:
+            return None
+        smaller = copy(self)
+        smaller.batch_size, smaller.gradient_accumulation = (
+            self.batch_size // 2,
+            self.gradient_accumulation * 2,
+        )
+        smaller.micro_batches_per_epoch = -(-len(self._rows(0)) // smaller.batch_size)
+        smaller._epoch = None
+        return smaller
 
     def _rows(self, epoch: int) -> list[list[int]]:
         """The epoch's examples in the epoch's order; packed, several to a row."""

@@ -43,6 +43,12 @@ class MemorySample:
     pressure: Pressure | None = None
     """What macOS says about the whole system; None elsewhere."""
 
+    @property
+    def needed_bytes(self) -> int:
+        """What the process needed at MLX's peak: the peak, and all that is not MLX's."""
+        outside = max(0, self.footprint_bytes - self.mlx_active_bytes - self.mlx_cache_bytes)
+        return outside + self.mlx_peak_bytes
+
     def as_dict(self) -> dict[str, Any]:
         """The fields by name, ready for JSON."""
         return asdict(self)

@@ -63,6 +63,8 @@ class Progress:
     bad_in_a_row: int = 0
     """Updates skipped since the last good one."""
     skipped_updates: int = 0
+    halvings: int = 0
+    """How often the micro-batch was halved for want of memory."""
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_qlora.config import TrainingConfig
 from mlx_qlora.dataset.batches import Batch, Batches
-from mlx_qlora.errors import CheckpointError, DivergenceError, Interrupted
+from mlx_qlora.errors import CheckpointError, DivergenceError, Interrupted, MemoryBudgetError
 from mlx_qlora.lora.adapter import adapter_tensors, set_adapter_tensors
 from mlx_qlora.memory.monitor import MemoryMonitor, MemorySample
 from mlx_qlora.objective.evaluate import evaluate
 from mlx_qlora.objective.loss import Objective
+from mlx_qlora.presets import GIB
 from mlx_qlora.training.checkpoint import Checkpoint, CheckpointStore, Progress
 from mlx_qlora.training.events import (
     MemoryPressure,
@@ -30,6 +31,9 @@ from mlx_qlora.training.events import (
 from mlx_qlora.training.guard import BAD_UPDATES_IN_A_ROW, MAX_ROLLBACKS, StopRequest
 from mlx_qlora.training.optimizer import learning_rate_at
 from mlx_qlora.training.step import Outcome, TrainStep
+
+PATIENCE = 3
+"""So many updates in a row may be short of memory before a run of single rows stops."""
 
 Publish = Callable[[Mapping[str, mx.array]], None]
 """Writes the given tensors as the run's adapter."""
@@ -65,6 +69,7 @@ class Trainer:
         self.total_steps = total_steps(config, batches)
         self.budget_bytes = monitor.budget_bytes(config.memory_budget_gib)
         self._saved_step = -1
+        self._short_updates = 0
 
     def run(self) -> Progress:
         """Train to the end, publish the adapter that is kept, and say where the run stands.
@@ -106,10 +111,13 @@ class Trainer:
             )
         self.optimizer.state = tree_unflatten(list(checkpoint.optimizer.items()))
         self.progress = checkpoint.progress
+        for _ in range(checkpoint.progress.halvings):
+            self.batches = self.batches.halved() or self.batches
         self._saved_step = checkpoint.progress.step
 
     def _update(self) -> None:
         started, step = time.perf_counter(), self.progress.step + 1
+        mx.reset_peak_memory()
         rate = learning_rate_at(step, self.total_steps, self.config) * self.progress.learning_rate_factor
         outcome = self.step(self.batches.step(step - 1), step, rate)
         self.progress = after(self.progress, outcome, starts_epoch=(step - 1) % self._epoch_steps == 0)
@@ -134,12 +142,43 @@ class Trainer:
             self._roll_back()
 
     def _relieve(self, sample: MemorySample, step: int) -> None:
-        """Give MLX's unused buffers back when memory is short, and say so."""
-        if sample.footprint_bytes <= self.budget_bytes and sample.pressure != "critical":
+        """When memory is short: give back the cache, then halve the micro-batch, then save and stop.
+
+        Halving changes no update: twice as many micro-batches have the same examples.
+        """
+        if sample.needed_bytes <= self.budget_bytes and sample.pressure != "critical":
+            self._short_updates = 0
             return
+        self._short_updates += 1
         mx.clear_cache()
         action = "cleared MLX's buffer cache"
+        if self._short_updates > 1:
+            smaller = self.batches.halved()
+            if smaller is None:
+                self._stop_for_memory(sample)
+            else:
+                self._use(smaller)
+                size = smaller.batch_size
+                action = f"halved the micro-batch to {size}, with twice the accumulation: the same updates"
         self.emit(MemoryPressure(step=step, memory=sample, budget_bytes=self.budget_bytes, action=action))
+
+    def _use(self, smaller: Batches) -> None:
+        self.batches = smaller
+        self.progress = replace(self.progress, halvings=self.progress.halvings + 1)
+        self._short_updates = 0
+
+    def _stop_for_memory(self, sample: MemorySample) -> None:
+        if self._short_updates <= PATIENCE:
+            return
+        self._save()
+        folder = self.checkpoints.folder.parent
+        raise MemoryBudgetError(
+            f"The run needs {sample.needed_bytes / GIB:.2f} GiB of the {self.budget_bytes / GIB:.2f} GiB it may "
+            f"use, with micro-batches as small as they get. It is saved after step {self.progress.step}.",
+            where=str(folder),
+            run=f"mlx-qlora train --resume --adapter-path {folder} --set training.memory_budget_gib=…   "
+            "# or begin again with training.gradient_checkpointing=true or a shorter data.max_seq_length",
+        )
 
     def _validation_is_due(self) -> bool:
         step, every = self.progress.step, self.config.steps_per_validation

@@ -8,7 +8,7 @@ from mlx.utils import tree_flatten
 from mlx_qlora.config import RunConfig, TrainingConfig
 from mlx_qlora.dataset.batches import Batches, in_order
 from mlx_qlora.dataset.records import Example
-from mlx_qlora.errors import DivergenceError, Interrupted
+from mlx_qlora.errors import DivergenceError, Interrupted, MemoryBudgetError
 from mlx_qlora.memory.monitor import MemoryMonitor
 from mlx_qlora.objective.evaluate import Evaluation
 from mlx_qlora.objective.loss import objective_for
@@ -209,10 +209,46 @@ def test_a_run_that_never_recovers_ends_with_an_error_and_finite_checkpoints(tmp
     assert all(bool(mx.isfinite(value).all()) for value in adapter.values())
 
 
-def test_passing_the_budget_is_told(tmp_path):
-    run = Run(tmp_path, memory_budget_gib=1e-6, max_steps=1, valid=0)
-    run.trainer.run()
-    assert run.all(MemoryPressure)[0].budget_bytes in (1073, 1074)
+def test_short_of_memory_a_run_halves_its_micro_batches_and_ends_with_the_same_weights(tmp_path):
+    roomy = Run(tmp_path / "roomy", valid=0, dropout=0.0, batch_size=4)
+    roomy.trainer.run()
+
+    def mend(run, event):  # what halving achieves in a real run
+        if isinstance(event, MemoryPressure) and run.trainer.batches.batch_size == 1:
+            run.trainer.budget_bytes = 1 << 60
+
+    tight = Run(tmp_path / "tight", valid=0, dropout=0.0, batch_size=4, memory_budget_gib=1e-6, observer=mend)
+    tight.trainer.run()
+    actions = [event.action for event in tight.all(MemoryPressure)]
+    assert [("cache" in action, "halved" in action) for action in actions] == [
+        (True, False),
+        (False, True),
+    ] * 2
+    assert (tight.trainer.batches.batch_size, tight.trainer.batches.gradient_accumulation) == (1, 8)
+    for name, weights in roomy.weights().items():
+        size = mx.abs(weights).max().item()
+        assert mx.abs(weights - tight.weights()[name]).max().item() < 1e-4 * size
+
+
+def test_a_run_of_single_rows_that_stays_short_of_memory_saves_and_stops(tmp_path):
+    run = Run(tmp_path, valid=0, batch_size=1, memory_budget_gib=1e-6)
+    with pytest.raises(MemoryBudgetError, match="saved after step 4") as error:
+        run.trainer.run()
+    assert "--resume" in error.value.run
+    assert run.trainer.checkpoints.steps()[-1] == 4
+
+
+def test_halved_micro_batches_stay_halved_after_a_resume(tmp_path):
+    def die(_run, event):
+        if isinstance(event, StepDone) and event.step == 5:
+            raise KeyboardInterrupt
+
+    killed = Run(tmp_path, valid=0, batch_size=2, memory_budget_gib=1e-6, observer=die)
+    with pytest.raises(KeyboardInterrupt):
+        killed.trainer.run()
+    assert (
+        Run(tmp_path, valid=0, batch_size=2, memory_budget_gib=1e-6).resumed().trainer.batches.batch_size == 1
+    )
 
 
 def test_checkpoints_are_announced_when_they_are_there(tmp_path):
