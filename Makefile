@@ -3,20 +3,22 @@
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test check setup clean
+.PHONY: help demo test check bench setup clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    set up, then quantize, train and ask the embedded model"
 	@echo "make test    set up, then run the tests"
 	@echo "make check   lint, types, import layers"
+	@echo "make bench   list the benchmarks' commands"
+	@echo "make setup   only set up, with everything that a contributor needs"
 	@echo "make clean   remove the environment and the demo's adapter"
 
 demo: $(VENV)/.demo
 	@$(BIN)/mlx-qlora demo
 
 test: $(VENV)/.dev
-	@$(BIN)/pytest -n 2 -m "not slow" -q
+	@$(BIN)/pytest -n 2 -m "not slow"
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -24,15 +26,19 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# A benchmark's command is the first indented line of its own docstring.
+bench:
+	@sed -n 's|^ *python \(benchmarks/.*\)|$(BIN)/python \1|p' benchmarks/*.py
+
 setup: $(VENV)/.dev
 
 # Two stamps: the demo needs less than the tests, and a newcomer waits for it.
 $(VENV)/.demo: pyproject.toml constraints.txt scripts/setup.sh
-	@scripts/setup.sh "$(VENV)" ".[plots]"
+	@sh scripts/setup.sh "$(VENV)" ".[plots]"
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt scripts/setup.sh
-	@scripts/setup.sh "$(VENV)" ".[dev]"
+	@sh scripts/setup.sh "$(VENV)" ".[dev]"
 	@touch $(VENV)/.demo $@
 
 clean:

@@ -6,6 +6,8 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from mlx_qlora.blas import load_system_blas
+
 if TYPE_CHECKING:
     from mlx_qlora.api import evaluate, generate, load, quantize, stream, train
     from mlx_qlora.config import RunConfig, build_config, read_config
@@ -24,6 +26,9 @@ __all__ = [
     "stream",
     "train",
 ]
+
+# MLX takes its matrix routines from whatever is loaded before it; no room is imported earlier than this.
+load_system_blas()
 
 # transformers is used for tokenizers only; that PyTorch is absent is no news to anybody here.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

@@ -6,26 +6,33 @@ target=$2
 
 if command -v uv >/dev/null 2>&1; then
     echo "Setting up with uv (once) …"
-    [ -x "$venv/bin/python" ] || uv venv --quiet --python ">=3.11,<3.14" "$venv"
+    if ! "$venv/bin/python" -c '' 2>/dev/null; then
+        rm -rf "$venv" # uv refuses a folder that an interrupted set-up left
+        uv venv --quiet --python ">=3.11,<3.14" "$venv"
+    fi
     exec uv pip install --quiet --python "$venv/bin/python" --constraint constraints.txt --editable "$target"
 fi
 
-if [ ! -x "$venv/bin/pip" ]; then
+if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     python=
-    for candidate in python3.13 python3.12 python3.11 python3; do
-        if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+    without_venv=
+    # python3 first: what a user or a CI job activated is what it wants.
+    for candidate in python3 python3.13 python3.12 python3.11; do
+        "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || continue
+        if "$candidate" -c 'import ensurepip, venv' 2>/dev/null; then
             python=$candidate
             break
         fi
+        without_venv=${without_venv:-$candidate}
     done
+    if [ -z "$python" ] && [ -n "$without_venv" ]; then
+        echo "error: $without_venv cannot make virtual environments." >&2
+        echo "Run: apt install $without_venv-venv" >&2
+        exit 2
+    fi
     if [ -z "$python" ]; then
         echo "error: Python 3.11, 3.12 or 3.13 is needed, and none was found." >&2
         echo "Run: brew install python@3.13   # macOS; on Debian: apt install python3 python3-venv" >&2
-        exit 2
-    fi
-    if ! "$python" -c 'import ensurepip' 2>/dev/null; then
-        echo "error: $python cannot make virtual environments." >&2
-        echo "Run: apt install python3-venv" >&2
         exit 2
     fi
     rm -rf "$venv"

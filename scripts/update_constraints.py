@@ -13,6 +13,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
+# Needed on macOS by ipykernel, so never installed where this usually runs.
+ELSEWHERE = {"appnope": "0.1.4; sys_platform == 'darwin'"}
 # One of the two is installed with mlx, by platform; they share its version.
 BACKENDS = {"mlx-cpu": "sys_platform == 'linux'", "mlx-metal": "sys_platform == 'darwin'"}
 
@@ -40,10 +42,10 @@ def main() -> None:
     seen: dict[str, str] = {}
     installed_closure("mlx-qlora", frozenset({"dev", "plots"}), seen)
     del seen["mlx-qlora"]
-    seen |= {backend: seen["mlx"] for backend in BACKENDS}
+    seen |= dict.fromkeys(BACKENDS, seen["mlx"])
     lines = [
         f"{name}=={version}" + (f"; {BACKENDS[name]}" if name in BACKENDS else "")
-        for name, version in sorted(seen.items())
+        for name, version in sorted((ELSEWHERE | seen).items())
     ]
     header = "# The tested set. Rewritten by scripts/update_constraints.py.\n"
     (ROOT / "constraints.txt").write_text(header + "\n".join(lines) + "\n")

@@ -1,4 +1,7 @@
-"""What many tests share: no network, a cache of their own, a tiny model on disk, the real material."""
+"""What many tests share: no network, a cache of their own, a tiny model on disk, the real material.
+
+Arrays live on MLX's default device: the GPU on a Mac, the CPU elsewhere. No test chooses one for all.
+"""
 
 import json
 import os

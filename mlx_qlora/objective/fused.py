@@ -10,6 +10,7 @@ Shapes: N positions, D hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -17,9 +18,13 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_qlora.objective.head import Head
+from mlx_qlora.quantization.dense import unpacked, use_dense_products
 
 CHUNK_BYTES = 12 * 1024**2
 """float32 logits of one chunk: small enough to be forgotten, large enough to keep a matmul busy."""
+
+UNPACKED_HEAD_BYTES = 256 * 1024**2
+"""On a CPU with a fast BLAS a head up to this size is unpacked once for all chunks of a batch."""
 
 Matmul = Callable[[mx.array], mx.array]
 
@@ -46,20 +51,12 @@ def fused_nll(
 
 def _plain(head: Head, chunk_bytes: int) -> Any:
     """For logits = hidden · Wᵀ with W frozen: two matmuls a chunk, as in a plain forward and backward."""
-    to_logits, to_hidden = _matmuls(head.module)
     vocabulary = head.module.weight.shape[0]
-
-    def chunk(hidden: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
-        logits = to_logits(hidden).astype(mx.float32)
-        lse = mx.logsumexp(logits, axis=-1, keepdims=True)
-        at_target = mx.take_along_axis(logits, targets[:, None], axis=-1)
-        nll = ((lse - at_target)[:, 0] * weights).sum()
-        minus_one = mx.exp(at_target - lse) - 1
-        d_logits = mx.put_along_axis(mx.exp(logits - lse), targets[:, None], minus_one, axis=-1)
-        return nll, to_hidden((d_logits * weights[:, None]).astype(hidden.dtype))
 
     @mx.custom_function
     def nll(hidden: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
+        to_logits, to_hidden = _matmuls(head.module, hidden)
+        chunk = partial(_chunk, to_logits, to_hidden)
         length = chunk_length(vocabulary, chunk_bytes)
         total, grads = mx.array(0.0), list[mx.array]()
         for first in range(0, hidden.shape[0], length):
@@ -80,6 +77,19 @@ def _plain(head: Head, chunk_bytes: int) -> Any:
         return d_hidden, mx.zeros_like(targets), mx.zeros_like(weights)
 
     return nll
+
+
+def _chunk(
+    to_logits: Matmul, to_hidden: Matmul, hidden: mx.array, targets: mx.array, weights: mx.array
+) -> tuple[mx.array, mx.array]:
+    """The loss of some positions and the gradient of their hidden states."""
+    logits = to_logits(hidden).astype(mx.float32)
+    lse = mx.logsumexp(logits, axis=-1, keepdims=True)
+    at_target = mx.take_along_axis(logits, targets[:, None], axis=-1)
+    nll = ((lse - at_target)[:, 0] * weights).sum()
+    minus_one = mx.exp(at_target - lse) - 1
+    d_logits = mx.put_along_axis(mx.exp(logits - lse), targets[:, None], minus_one, axis=-1)
+    return nll, to_hidden((d_logits * weights[:, None]).astype(hidden.dtype))
 
 
 def _generic(head: Head, chunk_bytes: int) -> Any:
@@ -124,15 +134,20 @@ def _generic(head: Head, chunk_bytes: int) -> Any:
     return nll
 
 
-def _matmuls(module: nn.Module) -> tuple[Matmul, Matmul]:
+def _matmuls(module: nn.Module, hidden: mx.array) -> tuple[Matmul, Matmul]:
     """hidden → logits, and gradient of the logits → gradient of hidden, for a frozen weight (V, D)."""
-    weight = module.weight
     if not isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
-        return (lambda h: h @ weight.T), (lambda g: g @ weight)
+        return _dense_matmuls(module.weight)
+    if use_dense_products() and 4 * module.weight.shape[0] * hidden.shape[-1] <= UNPACKED_HEAD_BYTES:
+        return _dense_matmuls(unpacked(module, hidden))
     settings = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
-    scales, biases = module.scales, module.get("biases")
+    weight, scales, biases = module.weight, module.scales, module.get("biases")
 
     def multiply(x: mx.array, *, transpose: bool) -> mx.array:
         return mx.quantized_matmul(x, weight, scales, biases, transpose=transpose, **settings)
 
     return (lambda h: multiply(h, transpose=True)), (lambda g: multiply(g, transpose=False))
+
+
+def _dense_matmuls(weight: mx.array) -> tuple[Matmul, Matmul]:
+    return (lambda h: h @ weight.T), (lambda g: g @ weight)

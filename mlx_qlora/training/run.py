@@ -19,6 +19,7 @@ from mlx_qlora.lora.attach import attach
 from mlx_qlora.memory.limits import memory_limits
 from mlx_qlora.memory.monitor import MemoryMonitor
 from mlx_qlora.objective.loss import objective_for
+from mlx_qlora.quantization.dense import dense_products
 from mlx_qlora.storage import said_clearly, sweep, write_text
 from mlx_qlora.training.checkpoint import CheckpointStore, RunIdentity
 from mlx_qlora.training.events import Observer, RunFinished, RunStarted
@@ -139,7 +140,11 @@ def _run(parts: _Parts, *, resume: bool) -> RunFinished:
     metrics = MetricsLog(folder / METRICS)
     emit = fan_out([metrics, *parts.observers])
     layers = list(parts.base.model.layers)
-    with stop_on_signals() as stop, recomputed(layers, enabled=training.gradient_checkpointing):
+    with (
+        stop_on_signals() as stop,
+        recomputed(layers, enabled=training.gradient_checkpointing),
+        dense_products(parts.base.model),
+    ):
         objective = objective_for(parts.base.model.train())
         layout = objective.layout(parts.config.data)
         train_rows, size, accumulation = (

@@ -173,10 +173,10 @@ class Trainer:
         self._save()
         folder = self.checkpoints.folder.parent
         raise MemoryBudgetError(
-            f"The run needs {sample.needed_bytes / GIB:.2f} GiB of the {self.budget_bytes / GIB:.2f} GiB it may "
-            f"use, with micro-batches as small as they get. It is saved after step {self.progress.step}.",
+            f"The run needs {sample.needed_bytes / GIB:.2f} GiB and may use {self.budget_bytes / GIB:.2f} GiB; "
+            f"its micro-batches are as small as they get. It is saved after step {self.progress.step}.",
             where=str(folder),
-            run=f"mlx-qlora train --resume --adapter-path {folder} --set training.memory_budget_gib=…   "
+            run=f"mlx-qlora train --resume --adapter-path {folder} --set training.memory_budget_gib=…  "
             "# or begin again with training.gradient_checkpointing=true or a shorter data.max_seq_length",
         )
 

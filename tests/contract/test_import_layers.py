@@ -31,3 +31,12 @@ def test_an_import_does_not_bring_what_it_does_not_need(statement, absent):
     code = f"import sys; {statement}; print([m for m in {absent!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["presets", "--help"], ["infer", "--help"]])
+def test_help_loads_no_model_library(arguments):
+    command = [sys.executable, "-X", "importtime", "-m", "mlx_qlora", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "mlx_qlora" in loaded
+    assert loaded.isdisjoint({"mlx_lm", "transformers", "matplotlib", "huggingface_hub"})

@@ -1,0 +1,82 @@
+"""Quantized layers on a CPU with a fast BLAS: unpack the weight, then multiply dense.
+
+MLX's CPU backend multiplies quantized weights with loops of its own, which no BLAS speeds up. For many rows
+it is far cheaper to unpack a layer's weight in float32, multiply, and forget it. The backward pass unpacks
+it again, so no unpacked weight is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_qlora.blas import blas_is_fast
+
+MIN_ROWS = 16
+"""Fewer rows do not pay for unpacking: generation stays with the quantized product."""
+
+
+def use_dense_products() -> bool:
+    """Whether unpacking pays on this device: on a CPU with a fast BLAS, and nowhere else."""
+    return mx.default_device() == mx.cpu and blas_is_fast()
+
+
+@contextmanager
+def dense_products(model: nn.Module, *, enabled: bool | None = None) -> Iterator[None]:
+    """Let the quantized linear layers of `model`, and only these, unpack their weights while this is open.
+
+    Args:
+        enabled: None asks `use_dense_products`.
+    """
+    is_on = use_dense_products() if enabled is None else enabled
+    layers = [m for _, m in model.named_modules() if type(m) is nn.QuantizedLinear] if is_on else []
+    for layer in layers:
+        layer.__class__ = _UnpackedLinear
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.__class__ = nn.QuantizedLinear
+
+
+class _UnpackedLinear(nn.QuantizedLinear):
+    """A quantized linear layer that multiplies with its unpacked weight when there are many rows."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if x.size // x.shape[-1] < MIN_ROWS:
+            return super().__call__(x)
+        y = product(x, self)
+        return y + self["bias"] if "bias" in self else y
+
+
+def product(x: mx.array, layer: Any) -> mx.array:
+    """x · Wᵀ with the unpacked weight of a quantized layer; W is frozen, x gets a gradient."""
+
+    @mx.custom_function
+    def forward(x: mx.array) -> mx.array:
+        return x @ unpacked(layer, x).T
+
+    @forward.vjp
+    def backward(_primals: Any, cotangent: mx.array, _output: mx.array) -> mx.array:
+        return cotangent @ unpacked(layer, cotangent)
+
+    return forward(x)
+
+
+def unpacked(layer: Any, after: mx.array) -> mx.array:
+    """The layer's weight, (out, in), in the type of `after`, and not before `after` is there."""
+    # Without this order all layers' weights may be unpacked at once, ahead of their use.
+    (packed,) = mx.depends([layer["weight"]], [after])
+    weight = mx.dequantize(
+        packed,
+        layer["scales"],
+        layer.get("biases"),
+        group_size=layer.group_size,
+        bits=layer.bits,
+        mode=layer.mode,
+    )
+    return weight.astype(after.dtype)
