@@ -27,6 +27,8 @@ class Batch:
     """Real tokens, padding excluded."""
     segments_BT: np.ndarray | None = None
     """Which example a position belongs to, -1 behind the last; None when each row is one example."""
+    longest: int = field(default=0)
+    """No example has more positions; 0 when that was not counted."""
     target_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -47,6 +49,8 @@ class Layout:
     """Cost of a token's linear layers, in units of attending to one more position."""
     row_capacity: int | None = None
     """Pack each epoch into rows of so many positions, instead of taking examples one by one."""
+    is_banded: bool = False
+    """Whether attention in a shared row looks no further back than the longest example."""
     longest_row: int | None = None
     """Positions the model can tell apart; None has no limit."""
 
@@ -54,7 +58,7 @@ class Layout:
         """Whether examples with so many positions are cheaper end to end."""
         total, width = padded_length(sum(lengths)), padded_length(max(lengths))
         fits = self.longest_row is None or total <= self.longest_row
-        end_to_end = total * (self.linear_cost + total)
+        end_to_end = total * (self.linear_cost + (width if self.is_banded else total))
         side_by_side = len(lengths) * width * (self.linear_cost + width)
         return self.may_concatenate and fits and end_to_end < side_by_side
 
@@ -147,7 +151,8 @@ def collated(rows: Sequence[Sequence[Example]], layout: Layout) -> Batch:
     if not is_packed and layout.concatenates([len(row[0].tokens) - 1 for row in rows]):
         rows, is_packed = [[example for row in rows for example in row]], True
     inputs, targets, mask, segments = concatenated(rows)
-    return Batch(inputs, targets, mask, tokens, segments if is_packed else None)
+    longest = padded_length(max(len(example.tokens) - 1 for row in rows for example in row))
+    return Batch(inputs, targets, mask, tokens, segments if is_packed else None, longest)
 
 
 def _buffer(examples: Sequence[Example]) -> Any:

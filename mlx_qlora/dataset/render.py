@@ -103,7 +103,7 @@ def truncated(rendered: Rendered, config: DataConfig, stops: Sequence[int], sour
     """The row within max_seq_length; None when it is to be dropped.
 
     A row that is cut ends in EOS, which is a target: the model still learns to stop. Cut inside of a later
-    question, it ends where the answer before it does.
+    question, it ends where the answer before it does; without any answer's word, nothing is left.
 
     Args:
         stops: Tokens that end an answer, EOS first.
@@ -118,7 +118,7 @@ def truncated(rendered: Rendered, config: DataConfig, stops: Sequence[int], sour
             kept -= 1  # of this answer only EOS would be left, which teaches silence
         while kept and not targets[kept - 1]:
             kept -= 1
-        tokens, targets = tokens[: kept or limit], targets[: kept or limit]
+        tokens, targets = tokens[:kept], targets[:kept]
         if kept and stops and tokens[-1] not in stops:
             room = min(kept, limit - 1)
             tokens, targets = [*tokens[:room], stops[0]], [*targets[:room], True]
@@ -218,11 +218,16 @@ def _answer_end(tokenizer: Any, text: str, begin: int, through: str, message: Me
         return len(shown) if encoder.ends_with_control(shown) and len(shown) > begin else len(through)
     # Templates that shorten the thoughts of earlier turns: the answer itself, and the control token after it.
     answer = message["content"].strip()
-    at = begin + len(text[begin:]) - len(text[begin:].lstrip())
+    at = _after_space(text, begin)
     if not text.startswith(answer, at):
         return None
-    end = encoder.control_end(text, at + len(answer))
-    return end if end > at + len(answer) else None
+    closing = _after_space(text, at + len(answer))  # an answer may end in spaces that a template keeps
+    end = encoder.control_end(text, closing)
+    return end if end > closing else None
+
+
+def _after_space(text: str, begin: int) -> int:
+    return len(text) - len(text[begin:].lstrip())
 
 
 def _as_text(tokenizer: Any, messages: Sequence[Message], *, prompt: bool) -> str:

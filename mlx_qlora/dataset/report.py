@@ -44,7 +44,7 @@ class SplitReport:
         lines = []
         if self.rows:
             lines.append(
-                f"{name}: {self.rows} rows, {self.tokens} tokens ({self.target_tokens} targets); "
+                f"{name}: {_rows(self.rows)}, {self.tokens} tokens ({self.target_tokens} targets); "
                 f"length {p50} median, {p90} at 90 %, {p99} at 99 %, {longest} at most"
             )
         counts = (

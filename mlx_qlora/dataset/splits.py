@@ -23,7 +23,7 @@ from mlx_qlora.dataset.render import (
 )
 from mlx_qlora.dataset.report import DataReport, SplitReport
 from mlx_qlora.dataset.rows import BadRow
-from mlx_qlora.errors import DataError, listed
+from mlx_qlora.errors import ConfigError, DataError, listed
 
 OnProgress = Callable[[int, int], None]
 
@@ -58,12 +58,13 @@ def load_dataset(
         on_progress: Called with (done, total) bytes while the files are read.
 
     Raises:
+        ConfigError: no data is named, or data.columns renames what there is not.
         DataError: rows cannot be used (all are reported), a renamed column does not exist, or there is
             nothing to train on.
     """
     unknown = sorted(set(config.columns) - set(COLUMN_NAMES))
     if unknown:
-        raise DataError(
+        raise ConfigError(
             f"data.columns renames {', '.join(unknown)}; there are {', '.join(COLUMN_NAMES)}.",
             where="data.columns",
         )

@@ -40,7 +40,8 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], objective: Objective | 
     total_nll, total_tokens = 0.0, 0
     try:
         for batch in batches:
-            total_nll += number(objective.nll(objective.prepared(batch)))
+            with objective.active():
+                total_nll += number(objective.nll(objective.prepared(batch)))
             total_tokens += batch.target_tokens
     finally:
         model.train(was_training)

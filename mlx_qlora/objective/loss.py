@@ -5,6 +5,8 @@ Shapes: B batch, T tokens, N = B · T positions, M labelled positions, V vocabul
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,6 +17,7 @@ import numpy as np
 from mlx_qlora.config import DataConfig
 from mlx_qlora.dataset.batches import Batch, Layout
 from mlx_qlora.errors import ConfigError
+from mlx_qlora.objective.attention import blocked_attention, covers, use_blocked_attention
 from mlx_qlora.objective.fused import CHUNK_BYTES, fused_nll
 from mlx_qlora.objective.head import SplitModel, split
 from mlx_qlora.objective.segments import RowCache, keeps_examples_apart
@@ -34,6 +37,8 @@ class LossInputs(NamedTuple):
     """1 for a label, 0 for padding; float32."""
     segments_BT: mx.array
     """The example each position belongs to; without elements when each row is one example."""
+    longest: int
+    """No example has more positions; one of few values."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,8 @@ class Objective:
     parts: SplitModel | None
     keeps_examples_apart: bool = False
     """Whether several examples may share a row."""
+    is_blocked: bool = False
+    """Whether attention is made block by block."""
     chunk_bytes: int = CHUNK_BYTES
 
     @property
@@ -56,6 +63,8 @@ class Objective:
         notes = []
         if self.parts is None:
             notes.append("this architecture's logits are made at once: more memory than a fused loss takes")
+        if not self.is_blocked:
+            notes.append("this architecture makes all attention scores at once: long rows take more memory")
         if not self.keeps_examples_apart:
             notes.append("this architecture cannot keep examples apart in one row: batches are padded")
         return notes
@@ -79,6 +88,7 @@ class Objective:
             # causal attention skips half of them.
             linear_cost=12.0 * getattr(args, "hidden_size", 0),
             row_capacity=config.max_seq_length - 1 if config.packing else None,
+            is_banded=self.is_blocked,
             longest_row=getattr(args, "max_position_embeddings", None),
         )
 
@@ -91,8 +101,14 @@ class Objective:
         weights = (np.arange(padded) < len(positions)).astype(np.float32)
         targets = batch.targets_BT.reshape(-1)[labelled]
         segments = batch.segments_BT if batch.segments_BT is not None else np.zeros((0, 0), np.int32)
-        arrays = (batch.inputs_BT, labelled, targets.astype(np.int32), weights, segments)
-        return LossInputs(*map(mx.array, arrays))
+        return LossInputs(
+            mx.array(batch.inputs_BT),
+            mx.array(labelled),
+            mx.array(targets.astype(np.int32)),
+            mx.array(weights),
+            mx.array(segments),
+            batch.longest,
+        )
 
     def nll(self, inputs: LossInputs) -> mx.array:
         """Summed negative log-likelihood of the labelled positions, in nats, float32."""
@@ -107,7 +123,14 @@ class Objective:
     def _cache(self, inputs: LossInputs) -> dict[str, list[RowCache]]:
         if inputs.segments_BT.size == 0:
             return {}
-        return {"cache": [RowCache(inputs.segments_BT)] * len(self.model.layers)}
+        cache = RowCache(inputs.segments_BT, longest=inputs.longest, is_dense=not self.is_blocked)
+        return {"cache": [cache] * len(self.model.layers)}
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Open this around whatever traces or runs `nll`, gradients and recomputation included."""
+        with blocked_attention(self.model) if self.is_blocked else nullcontext():
+            yield
 
 
 def objective_for(model: nn.Module, chunk_bytes: int = CHUNK_BYTES) -> Objective:
@@ -115,7 +138,8 @@ def objective_for(model: nn.Module, chunk_bytes: int = CHUNK_BYTES) -> Objective
     was_training = model.training
     model.eval()
     try:
-        return Objective(model, split(model), keeps_examples_apart(model), chunk_bytes)
+        is_blocked = use_blocked_attention() and covers(model)
+        return Objective(model, split(model), keeps_examples_apart(model), is_blocked, chunk_bytes)
     finally:
         model.train(was_training)
 

@@ -8,8 +8,41 @@ Shapes: B rows, T positions.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import mlx.core as mx
 import mlx.nn as nn
+
+
+@dataclass(frozen=True)
+class SegmentMask:
+    """Which keys a query may see in rows of several examples, kept as numbers instead of T² booleans."""
+
+    segments_BT: mx.array
+    """The example of each position; -1 behind the last."""
+    window: int | None = None
+    """How many positions back a query sees, itself included; None: to the row's begin."""
+
+    def dense(self) -> mx.array:
+        """The same as a boolean array, (B, 1, T, T)."""
+        return self.block(0, self.segments_BT.shape[1], 0)
+
+    def first_key(self, start: int) -> int:
+        """The first key that any query from `start` on may see."""
+        return 0 if self.window is None else max(0, start - self.window + 1)
+
+    def block(self, start: int, stop: int, first: int) -> mx.array:
+        """Whether queries start:stop see keys first:stop, (B, 1, stop - start, stop - first)."""
+        queries, keys = self.segments_BT[:, start:stop], self.segments_BT[:, first:stop]
+        same = queries[:, :, None] == keys[:, None, :]
+        return (same & band(start, stop, first, self.window))[:, None]
+
+
+def band(start: int, stop: int, first: int, window: int | None) -> mx.array:
+    """Whether queries start:stop see keys first:stop when only order and distance count."""
+    queries, keys = mx.arange(start, stop)[:, None], mx.arange(first, stop)
+    seen = queries >= keys
+    return seen if window is None else seen & (queries < keys + window)
 
 
 class RowCache:
@@ -17,29 +50,26 @@ class RowCache:
 
     Args:
         segments_BT: The example each position belongs to; -1 behind the last.
+        longest: No example has more positions; narrows what attention looks at and changes no number.
+        is_dense: Answer with arrays, which any attention takes, instead of a `SegmentMask`.
     """
 
     offset = 0
 
-    def __init__(self, segments_BT: mx.array) -> None:
-        self.segments_BT = segments_BT
-        self._masks: dict[int | None, mx.array] = {}
+    def __init__(self, segments_BT: mx.array, *, longest: int | None = None, is_dense: bool = True) -> None:
+        self.segments_BT, self.longest, self.is_dense = segments_BT, longest, is_dense
+        self._masks: dict[int | None, SegmentMask | mx.array] = {}
 
     def make_mask(
         self,
-        N: int,
-        return_array: bool = False,  # noqa: ARG002  # the answer always is an array
+        N: int,  # noqa: ARG002  # the row's own length
+        return_array: bool = False,
         window_size: int | None = None,
-    ) -> mx.array:
-        """Who attends to whom, (B, 1, T, T): earlier positions of the same example, within the window."""
+    ) -> SegmentMask | mx.array:
+        """Who attends to whom: earlier positions of the same example, within the window."""
         if window_size not in self._masks:
-            positions = mx.arange(N)
-            distance = positions[:, None] - positions[None]
-            allowed = distance >= 0
-            if window_size is not None:
-                allowed = allowed & (distance < window_size)
-            same = self.segments_BT[:, None, :, None] == self.segments_BT[:, None, None, :]
-            self._masks[window_size] = same & allowed
+            mask = SegmentMask(self.segments_BT, min(filter(None, (window_size, self.longest)), default=None))
+            self._masks[window_size] = mask.dense() if self.is_dense or return_array else mask
         return self._masks[window_size]
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:

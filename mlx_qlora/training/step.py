@@ -78,7 +78,8 @@ class TrainStep:
         """(nll, gradients) of one micro-batch; no traced array stays behind in the model."""
         trained = self.model.trainable_parameters()
         try:
-            return self._graph(trained, inputs, keys)
+            with self.objective.active():
+                return self._graph(trained, inputs, keys)
         finally:
             self.model.update(trained)
             set_dropout_keys(self._lora, None)

@@ -173,7 +173,7 @@ class Trainer:
         self._save()
         folder = self.checkpoints.folder.parent
         raise MemoryBudgetError(
-            f"The run needs {sample.needed_bytes / GIB:.2f} GiB and may use {self.budget_bytes / GIB:.2f} GiB; "
+            f"The run needs {sample.needed_bytes / GIB:.2f} GiB and may use {self.budget_bytes / GIB:.2f}; "
             f"its micro-batches are as small as they get. It is saved after step {self.progress.step}.",
             where=str(folder),
             run=f"mlx-qlora train --resume --adapter-path {folder} --set training.memory_budget_gib=…  "

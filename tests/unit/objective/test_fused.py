@@ -31,7 +31,8 @@ def gradients(objective: Objective, batch, *, compiled=False, keys=None):
     graph = mx.value_and_grad(nll)
     graph = mx.compile(graph, inputs=[model.state]) if compiled else graph
     trained = model.trainable_parameters()
-    value, grad = graph(trained, inputs)
+    with objective.active():
+        value, grad = graph(trained, inputs)
     mx.eval(value, grad)
     model.update(trained)
     set_dropout_keys(layers, None)

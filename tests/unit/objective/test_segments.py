@@ -95,3 +95,4 @@ def test_end_to_end_is_chosen_only_where_it_is_cheaper():
     assert not layout.concatenates([512, 400])  # attention over one long row would cost more
     assert not Layout(may_concatenate=False, linear_cost=1e9).concatenates([200, 10])
     assert not Layout(may_concatenate=True, linear_cost=1e9, longest_row=96).concatenates([60, 60])
+    assert Layout(may_concatenate=True, linear_cost=100.0, is_banded=True).concatenates([512, 400])
