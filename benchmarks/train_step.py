@@ -6,7 +6,8 @@ Each measurement is a process of its own; the two take turns. Both train rank-8 
 projection in float32 with Adam, mlx-lm with its own loss, batches and compiled step (mlx_lm.tuner), we with
 the step that `mlx-qlora train` runs. Printed are medians and their ratios: real tokens per second (padding is
 not counted), MLX's peak above what was resident before the step (act), and the peak of the process (Linux:
-its resident set). mlx-lm's loss also covers one padding token per padded row; that changes neither figure.
+its resident set). On Linux our side uses a system BLAS when there is one, as `mlx-qlora train` does; with
+MLX_QLORA_BLAS=off in the environment it does not. mlx-lm's loss also covers one padding token per padded row; that changes neither figure.
 """
 
 from __future__ import annotations
@@ -91,6 +92,7 @@ def our_steps(case: Case, steps: int) -> list[tuple[float, int, int]]:
     from mlx_qlora.dataset.records import Example
     from mlx_qlora.lora.attach import attach
     from mlx_qlora.objective.loss import objective_for
+    from mlx_qlora.quantization.dense import dense_products
     from mlx_qlora.training.optimizer import build_optimizer
     from mlx_qlora.training.step import TrainStep
 
@@ -112,7 +114,8 @@ def our_steps(case: Case, steps: int) -> list[tuple[float, int, int]]:
         before = mx.get_active_memory()
         mx.reset_peak_memory()
         started = time.perf_counter()
-        outcome = step(micro_batches, number + 1, 1e-4)
+        with dense_products(model):
+            outcome = step(micro_batches, number + 1, 1e-4)
         seconds = time.perf_counter() - started
         results.append((seconds, outcome.tokens, mx.get_peak_memory() - before))
     return results

@@ -15,11 +15,14 @@ from mlx_qlora.config import build_config
 def quantize(
     model: Annotated[str, typer.Argument(help="Hub id or folder of a 16-bit model.")],
     output: Annotated[Path, typer.Option(help="Folder for the quantized model.")],
+    scheme: Annotated[str, typer.Option(help="int2 … int8, mxfp4, mxfp8 or nvfp4.")] = "int4",
     bits: Annotated[
-        int | None, typer.Option(help="Bits per weight: 2, 3, 4, 5, 6 or 8; 4 if not given.")
+        int | None, typer.Option(help="Bits per weight: 2, 3, 4, 5, 6 or 8; the scheme's own if not given.")
     ] = None,
     group_size: Annotated[int | None, typer.Option(help="Inputs that share a scale: 32, 64, 128.")] = None,
-    mode: Annotated[str, typer.Option(help="affine, mxfp4, mxfp8 or nvfp4.")] = "affine",
+    mode: Annotated[
+        str | None, typer.Option(help="affine, mxfp4, mxfp8 or nvfp4; the scheme's own if not given.")
+    ] = None,
     skip: Annotated[list[str] | None, typer.Option(help="A layer that stays as it is: lm_head.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Allow the model folder's own code.")] = False,
@@ -34,7 +37,13 @@ def quantize(
     from mlx_qlora.api import quantize as quantize_model
     from mlx_qlora.memory.monitor import MemoryMonitor
 
-    keys = {"bits": bits, "group_size": group_size, "mode": mode, "skip_modules": skip or []}
+    keys = {
+        "scheme": scheme,
+        "bits": bits,
+        "group_size": group_size,
+        "mode": mode,
+        "skip_modules": skip or [],
+    }
     config = build_config({"quantization": keys}, where="command line").quantization
     monitor = MemoryMonitor()
     result = quantize_model(

@@ -62,7 +62,7 @@ def load_base(
     folder, identity = source.folder, source_fingerprint(source.folder)
     if scheme is not None:
         folder = cache_folder(source, identity, scheme, quantization.skip_modules)
-        quantize_checkpoint(source, folder, scheme, quantization.skip_modules, on_bytes)
+        quantize_checkpoint(source, folder, scheme, quantization.skip_modules, on_bytes, replace_damaged=True)
     module, tokenizer, config = _load(folder, model.trust_remote_code)
     dtype = _dtype(model.dtype, module)
     _cast(module, dtype)
@@ -115,8 +115,10 @@ def _load(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, Any, dict[s
     read_checkpoint(folder)  # MLX must not meet a broken file
     try:
         module, config = load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"mlx-lm cannot load the model: {error}", where=str(folder)) from error
+    except Exception as error:  # whatever mlx-lm makes of a configuration it does not expect
+        raise ModelError(
+            f"mlx-lm cannot load the model: {type(error).__name__}: {error}", where=str(folder)
+        ) from error
     try:
         tokenizer = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

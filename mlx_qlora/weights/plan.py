@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import module_from_spec, spec_from_file_location
 from typing import Any
@@ -16,15 +16,8 @@ import mlx.nn as nn
 from mlx_qlora.errors import ModelError, WeightsError, listed
 from mlx_qlora.quantization.policy import Decision, decide_all
 from mlx_qlora.quantization.schemes import Scheme
-from mlx_qlora.weights.shards import (
-    DTYPE_BYTES,
-    DTYPE_NAMES,
-    DTYPES,
-    TensorInfo,
-    lazy_tensors,
-    read_checkpoint,
-    read_rows,
-)
+from mlx_qlora.weights.rows import Provenance, Rows, num_rows
+from mlx_qlora.weights.shards import DTYPE_BYTES, DTYPE_NAMES, TensorInfo, lazy_tensors, read_checkpoint
 from mlx_qlora.weights.source import ModelSource
 
 
@@ -55,8 +48,8 @@ class Job:
     """One tensor of the old checkpoint and what becomes of it."""
 
     name: str
-    read: Callable[[int, int], mx.array]
-    """Rows [first, last) of it, in its old type."""
+    read: Rows
+    """In its old type."""
     rows: int
     num_bytes: int
     """In the old checkpoint."""
@@ -113,19 +106,20 @@ def plan_quantization(
     model = skeleton(source)
     infos = read_checkpoint(source.folder)
     lazy = _lazy_tensors(infos)
-    origin = {id(array): infos[name] for name, array in lazy.items()}
-    tensors = model.sanitize(dict(lazy)) if hasattr(model, "sanitize") else lazy
+    provenance = Provenance(infos, lazy)
+    with provenance.watching_stacks():
+        tensors = _sanitized(model, lazy, source)
     _check_tensors(model, tensors, source)
     decisions = decide_all(model, scheme, skip_modules)
     cast = _cast(model, source.config)
     jobs = [
-        _job(name, array, origin.get(id(array)), cast(name, array), decisions)
+        _job(name, array, provenance.rows_of(array), cast(name, array), decisions)
         for name, array in sorted(tensors.items())
     ]
     skipped = tuple(SkippedLayer(path, d.reason) for path, d in decisions.items() if d.reason is not None)
     return QuantizationPlan(
         shards=_in_shards(jobs, shard_bytes),
-        config=_config(source.config, scheme, decisions),
+        config=_config(source.config, model, scheme, decisions),
         skipped=skipped,
         num_parameters=sum(array.size for array in tensors.values()),
     )
@@ -173,7 +167,18 @@ def _lazy_tensors(infos: dict[str, TensorInfo]) -> dict[str, mx.array]:
     return lazy
 
 
-def _check_tensors(model: nn.Module, tensors: dict[str, mx.array], source: ModelSource) -> None:
+def _sanitized(model: nn.Module, lazy: Mapping[str, mx.array], source: ModelSource) -> Mapping[str, mx.array]:
+    if not hasattr(model, "sanitize"):
+        return lazy
+    try:
+        return model.sanitize(dict(lazy))
+    except Exception as error:  # whatever an architecture makes of a tensor that is missing
+        raise WeightsError(
+            f"The weights do not fit config.json: {type(error).__name__}: {error}", where=str(source.folder)
+        ) from error
+
+
+def _check_tensors(model: nn.Module, tensors: Mapping[str, mx.array], source: ModelSource) -> None:
     from mlx.utils import tree_flatten
 
     expected = dict(tree_flatten(model.parameters()))
@@ -204,16 +209,14 @@ def _cast(model: nn.Module, config: dict[str, Any]) -> Callable[[str, mx.array],
     return dtype_of
 
 
-def _job(
-    name: str, array: mx.array, info: TensorInfo | None, dtype: mx.Dtype, decisions: dict[str, Decision]
-) -> Job:
+def _job(name: str, array: mx.array, read: Rows, dtype: mx.Dtype, decisions: dict[str, Decision]) -> Job:
     path, _, leaf = name.rpartition(".")
     decision = decisions.get(path) if leaf == "weight" else None
     scheme = decision.scheme if decision else None
     return Job(
         name=name,
-        read=_row_reader(array, info),
-        rows=array.shape[0] if array.ndim else 1,
+        read=read,
+        rows=num_rows(array.shape),
         num_bytes=array.nbytes,
         dtype=dtype,
         scheme=scheme,
@@ -238,22 +241,6 @@ def _outputs(name: str, shape: tuple[int, ...], dtype: mx.Dtype, scheme: Scheme 
     )
 
 
-def _row_reader(array: mx.array, info: TensorInfo | None) -> Callable[[int, int], mx.array]:
-    """Reads rows straight from the file; a tensor that ``sanitize`` made is evaluated as a whole.
-
-    Such a tensor is let go with its last rows, so that a plan never holds more than one of them.
-    """
-    if info is not None and info.shape and info.dtype in DTYPES:
-        return lambda first, last: read_rows(info, first, last)
-    held = [array]
-
-    def read(first: int, last: int) -> mx.array:
-        whole = held.pop() if last >= (held[0].shape[0] if held[0].ndim else 1) else held[0]
-        return whole[first:last] if whole.ndim else whole
-
-    return read
-
-
 def _in_shards(jobs: list[Job], shard_bytes: int) -> tuple[tuple[Job, ...], ...]:
     shards: list[list[Job]] = []
     room = 0
@@ -267,10 +254,18 @@ def _in_shards(jobs: list[Job], shard_bytes: int) -> tuple[tuple[Job, ...], ...]
     return tuple(map(tuple, shards))
 
 
-def _config(config: dict[str, Any], scheme: Scheme, decisions: dict[str, Decision]) -> dict[str, Any]:
+def _config(
+    config: dict[str, Any], model: nn.Module, scheme: Scheme, decisions: dict[str, Decision]
+) -> dict[str, Any]:
+    """The new config.json. mlx-lm's rule: what vision needs goes, unless the model keeps its tower."""
     quantization: dict[str, Any] = dict(scheme.config())
     for path, decision in decisions.items():
         if decision.own is not None:
             quantization[path] = dict(decision.own)
-    kept = {key: value for key, value in config.items() if key not in ("_name_or_path", "vision_config")}
+    unused = (
+        {"_name_or_path"}
+        if "vision_tower" in getattr(model, "model", {})
+        else {"_name_or_path", "vision_config"}
+    )
+    kept = {key: value for key, value in config.items() if key not in unused}
     return dict(sorted({**kept, "quantization": quantization, "quantization_config": quantization}.items()))

@@ -20,12 +20,12 @@ import numpy as np
 
 from mlx_qlora.errors import WeightsError, listed
 
+# Of safetensors' types, those that MLX reads: not F64, F8_E5M2 and the newer ones.
 DTYPE_BYTES = {
     "BOOL": 1,
     "U8": 1,
     "I8": 1,
     "F8_E4M3": 1,
-    "F8_E5M2": 1,
     "F8_E8M0": 1,
     "U16": 2,
     "I16": 2,
@@ -36,7 +36,6 @@ DTYPE_BYTES = {
     "F32": 4,
     "U64": 8,
     "I64": 8,
-    "F64": 8,
 }
 DTYPES = {
     "BF16": mx.bfloat16,
@@ -207,7 +206,7 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int, size: int) 
     dtype, shape = entry["dtype"], tuple(entry["shape"])
     begin, end = entry["data_offsets"]
     if dtype not in DTYPE_BYTES:
-        raise ValueError(f"unknown type {dtype!r}")
+        raise ValueError(f"unknown type {dtype!r}; MLX reads {', '.join(DTYPE_BYTES)}")
     numbers = (*shape, begin, end)
     if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
         raise ValueError("a size or offset is no natural number")

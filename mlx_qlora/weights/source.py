@@ -38,7 +38,10 @@ class ModelSource:
     @property
     def is_quantized(self) -> bool:
         """Whether the weights are stored in a quantized format already."""
-        return bool(self.config.get("quantization") or self.config.get("quantization_config"))
+        text = self.config.get("text_config")
+        configs = [self.config, text] if isinstance(text, dict) else [self.config]
+        named = any(config.get(key) for config in configs for key in ("quantization", "quantization_config"))
+        return named or (self.folder / "hf_quant_config.json").is_file()  # NVIDIA ModelOpt's
 
 
 def resolve_model(model: str, revision: str | None = None, trust_remote_code: bool = False) -> ModelSource:

@@ -9,18 +9,27 @@ import shutil
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial as partial_function
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_qlora.errors import ModelError, StorageError
 from mlx_qlora.quantization.schemes import Scheme
-from mlx_qlora.storage import read_json, said_clearly, sha256_of, sweep, sync_folder, write_json
+from mlx_qlora.storage import (
+    read_json,
+    remove_folder,
+    said_clearly,
+    sha256_of,
+    sweep,
+    sync_folder,
+    write_file,
+    write_json,
+)
 from mlx_qlora.weights.plan import Job, QuantizationPlan, SkippedLayer, plan_quantization
 from mlx_qlora.weights.shards import INDEX
 from mlx_qlora.weights.source import ModelSource, fingerprint
@@ -58,6 +67,7 @@ def quantize_checkpoint(
     on_bytes: OnBytes | None = None,
     *,
     shard_bytes: int = SHARD_BYTES,
+    replace_damaged: bool = False,
 ) -> QuantizeResult:
     """Write a quantized copy of `source` to `output`, in mlx-lm's layout.
 
@@ -67,6 +77,7 @@ def quantize_checkpoint(
     Args:
         on_bytes: Called with (bytes read, bytes to read).
         shard_bytes: Size at which a new file is begun.
+        replace_damaged: Make `output` anew if it is not whole; for folders that are ours alone.
 
     Raises:
         ModelError: `source` is quantized already.
@@ -85,7 +96,9 @@ def quantize_checkpoint(
     digest = plan.digest(identity)
     with _locked(output):
         if not _is_finished(output, digest):
-            _write(source, plan, output, {"plan": digest, "source_fingerprint": identity}, on_bytes)
+            _make_way(output, replace_damaged)
+            manifest = {"plan": digest, "source_fingerprint": identity, "skip_modules": list(skip_modules)}
+            _write(source, plan, output, manifest, on_bytes)
     return QuantizeResult(
         path=output,
         bits_per_weight=plan.output_bytes * 8 / plan.num_parameters,
@@ -117,7 +130,7 @@ def _write(
                 write_json(partial / MANIFEST, manifest)
             done += sum(job.num_bytes for job in jobs)
             _tell(on_bytes, plan, done, 0)
-        _write_small_files(source, plan, partial)
+        small_files = _write_small_files(source, plan, partial)
         skipped = [{"layer": layer.layer, "reason": layer.reason} for layer in plan.skipped]
         finished = {
             **manifest,
@@ -127,6 +140,7 @@ def _write(
             "revision": source.revision,
             "scheme": plan.config["quantization"],
             "skipped": skipped,
+            "files": small_files,
         }
         write_json(partial / MANIFEST, finished)
         sync_folder(partial)
@@ -194,7 +208,7 @@ def _opened(partial: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     try:
         before = read_json(partial / MANIFEST)
         if before["plan"] == manifest["plan"]:
-            good = {n: e for n, e in before["shards"].items() if sha256_of(partial / n) == e["sha256"]}
+            good = {n: e for n, e in before["shards"].items() if _is_sound(partial / n, e["sha256"])}
             sweep(partial)
             return {"format_version": FORMAT_VERSION, **manifest, "shards": good}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -202,6 +216,10 @@ def _opened(partial: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     return {"format_version": FORMAT_VERSION, **manifest, "shards": {}}
+
+
+def _is_sound(shard: Path, digest: str) -> bool:
+    return shard.is_file() and sha256_of(shard) == digest
 
 
 def _check_room(plan: QuantizationPlan, partial: Path, manifest: dict[str, Any]) -> None:
@@ -216,10 +234,13 @@ def _check_room(plan: QuantizationPlan, partial: Path, manifest: dict[str, Any])
         )
 
 
-def _write_small_files(source: ModelSource, plan: QuantizationPlan, partial: Path) -> None:
-    for path in (path for pattern in _COPIED for path in source.folder.glob(pattern)):
-        if path.name not in ("config.json", INDEX, MANIFEST) and path.is_file():
-            shutil.copyfile(path, partial / path.name)
+def _write_small_files(source: ModelSource, plan: QuantizationPlan, partial: Path) -> list[str]:
+    """Tokenizer, templates, config.json and index; their names."""
+    ours = ("config.json", INDEX)
+    candidates = {path for pattern in _COPIED for path in source.folder.glob(pattern) if path.is_file()}
+    copied = sorted(path for path in candidates if path.name not in (*ours, MANIFEST))
+    for path in copied:
+        write_file(partial / path.name, partial_function(_copy, path))
     from mlx_lm.utils import _encode_tagged_floats
 
     write_json(partial / "config.json", _encode_tagged_floats(plan.config))
@@ -231,23 +252,34 @@ def _write_small_files(source: ModelSource, plan: QuantizationPlan, partial: Pat
     }
     metadata = {"total_size": plan.output_bytes, "total_parameters": plan.num_parameters}
     write_json(partial / INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+    return [*ours, *(path.name for path in copied)]
+
+
+def _copy(path: Path, file: BinaryIO) -> None:
+    with path.open("rb") as original:
+        shutil.copyfileobj(original, file)
 
 
 def _is_finished(output: Path, digest: str) -> bool:
-    if not output.exists():
-        return False
+    """Whether this very plan was carried out here, every file is there and every shard has its size."""
     try:
         manifest = read_json(output / MANIFEST)
-        whole = all((output / n).stat().st_size == e["bytes"] for n, e in manifest["shards"].items())
-        if manifest["plan"] == digest and manifest["finished"] and whole:
-            return True
+        is_whole = all((output / n).stat().st_size == e["bytes"] for n, e in manifest["shards"].items())
+        is_whole = is_whole and all((output / name).is_file() for name in manifest["files"])
+        return manifest["plan"] == digest and manifest["finished"] is True and is_whole
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass
-    raise StorageError(
-        "There is something else here already; nothing was touched.",
-        where=str(output),
-        run="choose another --output, or remove this one",
-    )
+        return False
+
+
+def _make_way(output: Path, replace_damaged: bool) -> None:
+    if replace_damaged:
+        remove_folder(output)
+    elif output.exists():
+        raise StorageError(
+            "There is something else here already, or a damaged copy; nothing was touched.",
+            where=str(output),
+            run="choose another --output, or remove this one",
+        )
 
 
 @contextmanager
@@ -256,10 +288,23 @@ def _locked(output: Path) -> Iterator[None]:
     with said_clearly(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         lock = output.with_name(f".{output.name}.lock")
-        with lock.open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        file = _lock_file(lock)
+        try:
             yield
-        lock.unlink(missing_ok=True)
+        finally:
+            lock.unlink(missing_ok=True)
+            file.close()
+
+
+def _lock_file(lock: Path) -> IO[str]:
+    """The locked file that has the name now: one waited for may have been removed by who held it."""
+    while True:
+        file = lock.open("w")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                return file
+        file.close()
 
 
 def _tell(on_bytes: OnBytes | None, plan: QuantizationPlan, before: int, read: int) -> None:

@@ -196,14 +196,48 @@ def test_a_full_disk_is_one_clear_error_and_the_same_command_goes_on(limit, chec
     assert same_model(output, theirs) == []
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], scheme_named("int4")),
+        (["--scheme", "mxfp4"], scheme_named("mxfp4")),
+        (["--scheme", "int8", "--group-size", "32"], INT8_G32),
+        (["--mode", "nvfp4"], scheme_named("nvfp4")),
+        (["--bits", "3"], scheme_named("int3")),
+    ],
+)
+def test_the_command_takes_a_scheme_or_its_parts_and_reports_one_object(
+    options, expected, checkpoints, tmp_path, capsys
+):
+    from mlx_qlora.__main__ import main
+
+    source, output = checkpoints["llama-untied"], tmp_path / "out"
+    command = ["quantize", str(source), "--output", str(output), "--skip", "lm_head", "--json", *options]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["mlx-qlora", *command])
+        try:
+            code = main()
+        except SystemExit as ended:
+            code = ended.code
+    assert not code
+    report = json.loads(capsys.readouterr().out)
+    written = tensors_of(output)
+    assert report["output"] == str(output)
+    assert report["skipped"] == [{"layer": "lm_head", "reason": "asked to be skipped"}]
+    assert report["bytes"] == sum(array.nbytes for array in written.values())
+    assert report["bits_per_weight"] == 8 * report["bytes"] / report["num_parameters"]
+    assert report["peak_memory_bytes"] > 10 * 1024**2
+    assert report["seconds"] > 0
+    assert json.loads((output / "config.json").read_text())["quantization"] == expected.config()
+
+
 GENERATE = """
-import sys
+import json, sys
 from pathlib import Path
 import mlx.core as mx
 from tests.checkpoints import make_checkpoint
 make_checkpoint(
-    Path(sys.argv[1]), "llama-untied", Path(sys.argv[2]), num_shards=3, hidden_size=1024,
-    intermediate_size=4096, vocab_size=32_000, num_hidden_layers=13, num_attention_heads=16, head_dim=64,
+    Path(sys.argv[1]), sys.argv[3], Path(sys.argv[2]), num_shards=3, **json.loads(sys.argv[4])
 )
 """
 MEASURED = """
@@ -223,9 +257,22 @@ print(peak() - before)
 """
 
 
+MANY_LAYERS = {
+    "hidden_size": 1024, "intermediate_size": 4096, "vocab_size": 32_000, "num_hidden_layers": 13,
+    "num_attention_heads": 16, "head_dim": 64,
+}  # fmt: skip
+LARGE_EXPERTS = {  # stacked, the experts of one projection are 240 MiB
+    "hidden_size": 2048, "intermediate_size": 7680, "num_hidden_layers": 1, "num_attention_heads": 16,
+    "head_dim": 128, "num_local_experts": 8,
+}  # fmt: skip
+
+
 @pytest.mark.slow
-def test_memory_stays_far_below_the_model_s_size(tmp_path, tiny_llama_folder):
-    made = start(GENERATE, tmp_path / "source", tiny_llama_folder)
+@pytest.mark.parametrize(
+    ("architecture", "config"), [("llama-untied", MANY_LAYERS), ("mixtral", LARGE_EXPERTS)]
+)
+def test_memory_stays_far_below_the_model_s_size(architecture, config, tmp_path, tiny_llama_folder):
+    made = start(GENERATE, tmp_path / "source", tiny_llama_folder, architecture, json.dumps(config))
     assert made.wait(300) == 0, made.communicate()[1]
     size = sum(path.stat().st_size for path in (tmp_path / "source").glob("*.safetensors"))
     assert size > 500e6

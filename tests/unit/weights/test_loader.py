@@ -1,6 +1,7 @@
 """A base model in memory: quantized once, found again, in the type it computes in."""
 
 import json
+import os
 import shutil
 
 import mlx.core as mx
@@ -172,6 +173,45 @@ def test_a_broken_copy_in_the_cache_is_a_weights_error_before_mlx_meets_it(model
     data[9] ^= 255
     shard.write_bytes(data)
     with pytest.raises(WeightsError, match=r"model\.safetensors"):
+        load(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("config.json", None),
+        ("tokenizer.json", None),
+        (MANIFEST, None),
+        (MANIFEST, 100),
+        ("model.safetensors", None),
+        ("model.safetensors", 100),
+    ],
+)
+def test_a_damaged_copy_in_the_cache_is_made_again(model, name, size):
+    first = load(model)
+    if size is None:
+        (first.folder / name).unlink()
+    else:
+        os.truncate(first.folder / name, size)
+    again = load(model)
+    assert again.folder == first.folder
+    assert mx.array_equal(logits(again.model), logits(first.model)).item()
+
+
+def test_a_changed_configuration_is_no_reason_to_stop(model):
+    before = load(model)
+    path = model / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rope_theta": 77.0}))
+    after = load(model)
+    assert after.config["rope_theta"] == 77.0
+    assert after.fingerprint == before.fingerprint
+
+
+def test_a_quantized_model_mlx_lm_cannot_read_is_a_model_error(model):
+    path = model / "config.json"
+    changed = {**json.loads(path.read_text()), "quantization_config": {"load_in_4bit": True}}
+    path.write_text(json.dumps(changed))
+    with pytest.raises(ModelError, match="mlx-lm cannot load the model: KeyError: 'quant_method'"):
         load(model)
 
 

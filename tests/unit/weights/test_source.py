@@ -198,6 +198,15 @@ def test_a_quantized_model_is_recognised(model, key):
     assert not resolve_model(str(model)).is_quantized
 
 
+def test_a_quantized_model_is_recognised_where_others_say_so(model):
+    edit_config(model, text_config={"quantization_config": {"quant_method": "awq"}})
+    assert resolve_model(str(model)).is_quantized
+    edit_config(model, text_config={})
+    assert not resolve_model(str(model)).is_quantized
+    (model / "hf_quant_config.json").write_text("{}")
+    assert resolve_model(str(model)).is_quantized
+
+
 def test_the_fingerprint_does_not_depend_on_how_tensors_are_spread_over_files(model, tmp_path):
     for num_shards in (2, 5):
         folder = tmp_path / f"in-{num_shards}"

@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 from collections import namedtuple
+from contextlib import suppress
 
 import mlx.core as mx
 import pytest
@@ -106,6 +107,17 @@ def test_a_finished_shard_that_was_damaged_is_made_again(source, clean, tmp_path
     assert {name for name in names if after[name] == before[name]} == {*names} - {names[shard]}
 
 
+def test_a_finished_shard_that_is_gone_is_made_again_and_the_others_stay(source, clean, tmp_path):
+    partial = stopped(source, tmp_path / "out", 0.6)
+    before = identities(partial)
+    (partial / min(before)).unlink()
+    del before[min(before)]
+    assert before
+    quantize_checkpoint(source, tmp_path / "out", INT4, shard_bytes=SHARD)
+    assert files_of(tmp_path / "out") == clean
+    assert before.items() <= identities(tmp_path / "out").items()
+
+
 @pytest.mark.parametrize("wrong", ["", "[]", "{", '{"plan": 3}', '{"plan": "x", "shards": []}'])
 def test_a_broken_manifest_means_a_fresh_start(source, clean, tmp_path, wrong):
     partial = stopped(source, tmp_path / "out")
@@ -149,7 +161,18 @@ def test_a_finished_result_is_returned_at_once(source, tmp_path):
     assert (first.path, first.bytes, first.skipped) == (again.path, again.bytes, again.skipped)
 
 
-@pytest.mark.parametrize("other", ["a file", "a folder", "an empty folder", "another scheme", "a cut shard"])
+@pytest.mark.parametrize(
+    "other",
+    [
+        "a file",
+        "a folder",
+        "an empty folder",
+        "another scheme",
+        "a cut shard",
+        "no config.json",
+        "no tokenizer.json",
+    ],
+)
 def test_something_else_under_the_name_is_left_untouched(source, tmp_path, other):
     output = tmp_path / "out"
     if other == "a file":
@@ -160,6 +183,8 @@ def test_something_else_under_the_name_is_left_untouched(source, tmp_path, other
             (output / "mine.txt").write_text("mine")
     else:
         quantize_checkpoint(source, output, INT8 if other == "another scheme" else INT4, shard_bytes=SHARD)
+        if other.startswith("no "):
+            (output / other.removeprefix("no ")).unlink()
         if other == "a cut shard":
             shard = min(output.glob("*.safetensors"))
             os.truncate(shard, shard.stat().st_size - 1)
@@ -169,6 +194,46 @@ def test_something_else_under_the_name_is_left_untouched(source, tmp_path, other
     assert caught.value.where == str(output)
     assert (output.read_text() if output.is_file() else files_of(output)) == before
     assert not output.with_name("out.partial").exists()
+
+
+def test_a_damaged_folder_of_our_own_is_made_again(source, clean, tmp_path):
+    output = tmp_path / "out"
+    quantize_checkpoint(source, output, INT4, shard_bytes=SHARD)
+    os.truncate(min(output.glob("*.safetensors")), 100)
+    (output / "tokenizer.json").unlink()
+    quantize_checkpoint(source, output, INT4, shard_bytes=SHARD, replace_damaged=True)
+    assert files_of(output) == clean
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    before = identities(output)
+    quantize_checkpoint(source, output, INT4, shard_bytes=SHARD, replace_damaged=True)
+    assert identities(output) == before
+
+
+@pytest.mark.parametrize("share", [0.5, 2.0])
+def test_no_lock_is_left_behind(source, tmp_path, share):
+    with suppress(Stop):
+        quantize_checkpoint(source, tmp_path / "out", INT4, on_bytes=stop_after(share), shard_bytes=SHARD)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_lock_whose_file_was_removed_is_not_believed(tmp_path):
+    lock = tmp_path / "lock"
+    locked, done = [], threading.Event()
+    first = stream._lock_file(lock)
+
+    def wait():
+        locked.append(stream._lock_file(lock))
+        done.set()
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    assert not done.wait(0.3)
+    lock.unlink()  # as the first writer does, still holding it
+    first.close()
+    assert done.wait(30)
+    waiting.join()
+    assert os.path.samestat(os.fstat(locked[0].fileno()), lock.stat())
+    locked[0].close()
 
 
 def test_too_little_room_is_refused_before_anything_is_written(source, tmp_path, monkeypatch):
@@ -290,6 +355,13 @@ def test_the_result_says_where_it_came_from(source, tmp_path):
     assert manifest["finished"] is True
     assert manifest["scheme"] == INT4.config()
     assert manifest["skipped"] == [{"layer": "lm_head", "reason": "asked to be skipped"}]
+    assert manifest["skip_modules"] == ["lm_head"]
+    assert manifest["shards"] == {
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in (tmp_path / "out").glob("*.safetensors")
+    }
+    there = {path.name for path in (tmp_path / "out").iterdir()}
+    assert there == {MANIFEST, *manifest["shards"], *manifest["files"]}
     written = tensors_of(tmp_path / "out").values()
     assert result.bytes == sum(array.nbytes for array in written)
     assert result.num_parameters == sum(array.size for array in tensors_of(source.folder).values())
