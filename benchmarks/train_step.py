@@ -7,7 +7,8 @@ projection in float32 with Adam, mlx-lm with its own loss, batches and compiled 
 the step that `mlx-qlora train` runs. Printed are medians and their ratios: real tokens per second (padding is
 not counted), MLX's peak above what was resident before the step (act), and the peak of the process (Linux:
 its resident set). On Linux our side uses a system BLAS when there is one, as `mlx-qlora train` does; with
-MLX_QLORA_BLAS=off in the environment it does not. mlx-lm's loss also covers one padding token per padded row; that changes neither figure.
+MLX_QLORA_BLAS=off in the environment it does not. mlx-lm's loss also covers one padding token per padded
+row; that changes neither figure.
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ def model_for(case: Case) -> Any:
 
 def our_steps(case: Case, steps: int) -> list[tuple[float, int, int]]:
     """(seconds, tokens, act bytes) of each of our steps."""
+    import mlx_qlora  # noqa: F401, I001  # before MLX, as everywhere: it may load a BLAS
     import mlx.core as mx
 
     from mlx_qlora.config import DataConfig, LoraConfig, TrainingConfig

@@ -98,7 +98,9 @@ def _one_thread_per_core() -> Iterator[None]:
 
 
 def physical_cores(topology: Path = Path("/sys/devices/system/cpu")) -> int:
-    """Physical cores this process may run on; 0 when Linux does not say."""
+    """Physical cores this process may run on; 0 off Linux, or when it does not say."""
+    if sys.platform != "linux":
+        return 0
     try:
         cpus = os.sched_getaffinity(0)
         return len({(topology / f"cpu{cpu}/topology/thread_siblings_list").read_text() for cpu in cpus})

@@ -2,7 +2,7 @@
 
 MLX's CPU backend multiplies quantized weights with loops of its own, which no BLAS speeds up. For many rows
 it is far cheaper to unpack a layer's weight in float32, multiply, and forget it. The backward pass unpacks
-it again, so no unpacked weight is kept.
+it again, so no unpacked weight is kept. BLAS knows no bfloat16: such a layer multiplies in float32 too.
 """
 
 from __future__ import annotations
@@ -72,12 +72,8 @@ def unpacked(layer: Any, after: mx.array) -> mx.array:
     """The layer's weight, (out, in), in the type of `after`, and not before `after` is there."""
     # Without this order all layers' weights may be unpacked at once, ahead of their use.
     (packed,) = mx.depends([layer["weight"]], [after])
-    weight = mx.dequantize(
-        packed,
-        layer["scales"],
-        layer.get("biases"),
-        group_size=layer.group_size,
-        bits=layer.bits,
-        mode=layer.mode,
-    )
-    return weight.astype(after.dtype)
+    scales, biases = layer["scales"], layer.get("biases")
+    if biases is not None:  # scales of the floating-point modes are bytes
+        scales, biases = scales.astype(after.dtype), biases.astype(after.dtype)
+    settings = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
+    return mx.dequantize(packed, scales, biases, **settings, dtype=after.dtype)
