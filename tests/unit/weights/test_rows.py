@@ -55,6 +55,16 @@ def test_the_rows_of_a_computed_tensor_are_its_own(shape, block, tmp_path):
     assert raw(whole(provenance.rows_of(computed), computed.shape, block)) == raw(as_matrix(computed))
 
 
+def test_a_stack_of_two_types_has_the_wider_one(tmp_path):
+    path = tmp_path / "model.safetensors"
+    mx.save_safetensors(str(path), {"a": mx.ones((2, 3), mx.bfloat16), "b": mx.ones((2, 3))})
+    lazy = lazy_tensors(path)
+    provenance = Provenance(read_header(path), lazy)
+    with provenance.watching_stacks():
+        stacked = mx.stack([lazy["a"], lazy["b"]])
+    assert provenance.rows_of(stacked)(0, 2).dtype == stacked.dtype == mx.float32
+
+
 def test_a_scalar_is_one_row(tmp_path):
     lazy, provenance = made(tmp_path, {"a": ()})
     assert provenance.rows_of(lazy["a"])(0, 1).item() == lazy["a"].item()
