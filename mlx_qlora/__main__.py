@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 from typer.main import get_command_from_info
 from typer.models import CommandInfo
 
-from mlx_qlora.errors import MlxQloraError
+from mlx_qlora.errors import Interrupted, MlxQloraError
 
 COMMANDS = {
     "demo": "quantize, train and ask the embedded model: the whole job in a minute",
@@ -67,7 +67,8 @@ def run(command: Any, arguments: list[str] | None = None) -> int:
     try:
         command.main(args=arguments)
     except MlxQloraError as error:
-        print(f"error: {error}", file=sys.stderr)
+        prefix = "" if isinstance(error, Interrupted) else "error: "
+        print(f"{prefix}{error}", file=sys.stderr)
         return error.exit_code
     except SystemExit as done:  # how typer ends, usage errors (2) included
         return done.code if isinstance(done.code, int) else int(bool(done.code))

@@ -87,7 +87,7 @@ class RecordFile:
                 f"No row has columns to learn from. There are: {_names(self.column_names)}. "
                 f"A row needs {_WANTED}.{_renamed(self.columns)}",
                 where=str(self.path),
-                run="name them with data.columns: {question: THEIR NAME, answer: THEIR NAME}",
+                run="mlx-qlora train … --set 'data.columns={question: THEIR NAME, answer: THEIR NAME}'",
             )
 
     def unused_columns(self) -> set[str]:

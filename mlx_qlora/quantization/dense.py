@@ -54,15 +54,20 @@ class _UnpackedLinear(nn.QuantizedLinear):
 
 
 def product(x: mx.array, layer: Any) -> mx.array:
-    """x · Wᵀ with the unpacked weight of a quantized layer; W is frozen, x gets a gradient."""
+    """x · Wᵀ with the unpacked weight of a quantized layer; W is frozen, x gets a gradient.
+
+    Computed in float32, given back in the type of x.
+    """
 
     @mx.custom_function
     def forward(x: mx.array) -> mx.array:
-        return x @ unpacked(layer, x).T
+        rows = x.astype(mx.float32)
+        return (rows @ unpacked(layer, rows).T).astype(x.dtype)
 
     @forward.vjp
-    def backward(_primals: Any, cotangent: mx.array, _output: mx.array) -> mx.array:
-        return cotangent @ unpacked(layer, cotangent)
+    def backward(x: mx.array, cotangent: mx.array, _output: mx.array) -> mx.array:
+        rows = cotangent.astype(mx.float32)
+        return (rows @ unpacked(layer, rows)).astype(x.dtype)
 
     y: mx.array = forward(x)  # type: ignore[assignment]  # custom_function is typed as object
     return y

@@ -7,7 +7,8 @@ import mlx.nn as nn
 import pytest
 
 from mlx_qlora.objective.loss import Objective, objective_for
-from mlx_qlora.quantization.dense import MIN_ROWS, dense_products, product
+from mlx_qlora.quantization import dense
+from mlx_qlora.quantization.dense import MIN_ROWS, dense_products, product, use_dense_products
 from mlx_qlora.training.recompute import recomputed
 from tests.tiny import random_batch, tiny_llama, tiny_model, with_lora
 from tests.unit.objective.test_fused import assert_equal, gradients
@@ -24,11 +25,12 @@ def test_loss_and_every_gradient_are_those_of_quantized_products(name, compiled)
         assert_equal(plain, gradients(objective_for(model), batch, compiled=compiled, keys=KEYS))
 
 
-def test_with_gradient_checkpointing_too():
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_with_gradient_checkpointing_too(compiled):
     model, batch = with_lora(tiny_llama(), dropout=0.3), random_batch([9, 40])
     plain = gradients(Objective(model, None), batch, keys=KEYS)
     with recomputed(list(model.layers)), dense_products(model, enabled=True):
-        assert_equal(plain, gradients(objective_for(model), batch, keys=KEYS))
+        assert_equal(plain, gradients(objective_for(model), batch, compiled=compiled, keys=KEYS))
 
 
 @pytest.mark.parametrize(("mode", "group", "bits"), [("affine", 64, 3), ("mxfp4", 32, 4), ("nvfp4", 16, 4)])
@@ -61,21 +63,65 @@ def test_the_layers_are_themselves_again_after_an_error():
         assert type(model.layers[0].self_attn.q_proj) is nn.QuantizedLinear
 
 
-def test_no_unpacked_weight_is_kept():
-    layers = [nn.QuantizedLinear(512, 512, bias=False, group_size=64, bits=4) for _ in range(12)]
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_memory_does_not_grow_with_the_number_of_layers(compiled):
+    layers = [nn.QuantizedLinear(512, 512, bias=False, group_size=64, bits=4) for _ in range(24)]
     mx.eval([layer.parameters() for layer in layers])
 
-    def through(x):
-        for layer in layers:
-            x = product(x, layer)
-        return x.sum()
+    def peak_bytes(count):
+        def through(x):
+            for layer in layers[:count]:
+                x = product(x, layer)
+            return x.sum()
 
-    x = mx.ones((MIN_ROWS, 512))
-    mx.eval(x)
-    gc.collect()
-    mx.clear_cache()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    mx.eval(mx.grad(through)(x))
+        graph = mx.compile(mx.grad(through)) if compiled else mx.grad(through)
+        x = mx.ones((MIN_ROWS, 512))
+        mx.eval(x)
+        gc.collect()
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(graph(x))
+        return mx.get_peak_memory() - before
+
     one_weight = 4 * 512 * 512
-    assert mx.get_peak_memory() - before < 6 * one_weight  # of twelve
+    assert peak_bytes(24) - peak_bytes(8) < 3 * one_weight  # of sixteen more
+
+
+def test_a_bfloat16_layer_is_multiplied_in_float32():
+    linear = nn.Linear(64, 32, bias=False)
+    linear.set_dtype(mx.bfloat16)
+    layer = nn.QuantizedLinear.from_linear(linear, 64, 4)
+    x = mx.random.normal((MIN_ROWS, 64), key=mx.random.key(0)).astype(mx.bfloat16)
+    scales, biases = layer.scales.astype(mx.float32), layer.biases.astype(mx.float32)
+    weight = mx.dequantize(layer.weight, scales, biases, group_size=64, bits=4)
+
+    y, (grad,) = mx.vjp(lambda x: product(x, layer), [x], [mx.ones((MIN_ROWS, 32), mx.bfloat16)])
+
+    assert y[0].dtype == grad.dtype == mx.bfloat16
+    assert mx.array_equal(y[0], (x.astype(mx.float32) @ weight.T).astype(mx.bfloat16))
+    assert mx.array_equal(grad, (mx.ones((MIN_ROWS, 32)) @ weight).astype(mx.bfloat16))
+
+
+def test_another_model_is_left_alone():
+    model, other = tiny_llama(), tiny_llama()
+    with dense_products(model, enabled=True), dense_products(model, enabled=True):
+        assert type(other.layers[0].self_attn.q_proj) is nn.QuantizedLinear
+        assert type(model.layers[0].self_attn.q_proj) is not nn.QuantizedLinear
+    assert type(model.layers[0].self_attn.q_proj) is nn.QuantizedLinear
+
+
+@pytest.mark.parametrize(("device", "has_blas"), [(mx.gpu, True), (mx.cpu, False)], ids=["gpu", "no BLAS"])
+def test_it_rests_on_a_gpu_and_without_a_fast_blas(monkeypatch, device, has_blas):
+    monkeypatch.setattr(dense.mx, "default_device", lambda: mx.Device(device, 0))
+    monkeypatch.setattr(dense, "blas_is_fast", lambda: has_blas)
+    model = tiny_llama()
+    assert not use_dense_products()
+    with dense_products(model):
+        assert type(model.layers[0].self_attn.q_proj) is nn.QuantizedLinear
+
+
+def test_it_works_on_a_cpu_with_a_fast_blas(monkeypatch):
+    monkeypatch.setattr(dense.mx, "default_device", lambda: mx.Device(mx.cpu, 0))
+    monkeypatch.setattr(dense, "blas_is_fast", lambda: True)
+    assert use_dense_products()
