@@ -124,7 +124,7 @@ def said_clearly(path: Path) -> Iterator[None]:
             raise StorageError(
                 "The disk is full (or a size limit is reached); what was there before is untouched.",
                 where=str(path),
-                run="df -h   # make room, then run the same command again with --resume",
+                run="df -h   # make room, then run the same command again (train: with --resume)",
             ) from error
         raise StorageError(f"Cannot write: {error.strerror or error}.", where=str(path)) from error
 
