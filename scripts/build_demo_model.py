@@ -13,7 +13,7 @@ Stages:
 
 Everything follows from ``--seed``: two runs on one machine give the same bytes. On Linux, OpenBLAS is loaded
 if it is there (``libopenblas.so.0``, Debian's libopenblas0-pthread): with it the build takes seven to ten
-minutes on two cores, without it more than an hour. ``--steps 50 --output /tmp/demo`` is a quick rehearsal.
+minutes on two cores, without it more than an hour. ``--steps 50 --output rehearsal`` is a quick rehearsal.
 """
 
 from __future__ import annotations

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from tqdm import tqdm
+
+from mlx_qlora.storage import plain_json
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, nothing else.")]
 
 
 def print_json(value: dict[str, Any]) -> None:
     """One object; numbers that JSON does not know become null."""
-    print(json.dumps(_plain(value), ensure_ascii=False))
+    print(json.dumps(plain_json(value), ensure_ascii=False))
 
 
 def say(text: str = "") -> None:
@@ -60,13 +60,3 @@ class ByteProgress:
 def on_bytes(label: str) -> Callable[[int, int], None]:
     """A progress callback for long reads."""
     return ByteProgress(label)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value

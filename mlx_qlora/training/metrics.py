@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mlx_qlora.storage import said_clearly, write_file
+from mlx_qlora.storage import plain_json, said_clearly, write_file
 from mlx_qlora.training.events import (
     Event,
 )
@@ -40,7 +40,7 @@ class MetricsLog:
             StorageError: it could not be written.
         """
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        entry = {"event": type(event).__name__, "time": now, **_plain(asdict(event))}
+        entry = {"event": type(event).__name__, "time": now, **plain_json(asdict(event))}
         line = json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n"
         # Opened for each line: the run may delete or replace the file, and a kill loses nothing.
         with said_clearly(self.path), self.path.open("ab") as file:
@@ -84,16 +84,6 @@ def _entry(line: bytes) -> Entry | None:
 
 def _position(entry: Entry) -> int:
     return entry.get(_POSITION.get(entry["event"], "step"), 0)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value
 
 
 def mean_loss(losses: Iterable[tuple[float | None, int]]) -> float:
