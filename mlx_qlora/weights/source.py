@@ -57,7 +57,11 @@ def resolve_model(model: str, revision: str | None = None, trust_remote_code: bo
     elif path.suffix == ".gguf":
         raise ModelError("GGUF files cannot be read yet; give the safetensors model.", where=model)
     elif path.is_file() or model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise ModelError("There is no model folder here.", where=model)
+        raise ModelError(
+            "There is no model folder here.",
+            where=model,
+            run="mlx-qlora quantize OWNER/NAME …   # a hub id, or a folder that is there",
+        )
     else:
         folder, name = _from_hub(model, revision, trust_remote_code), model
     config = _read_config(folder)
