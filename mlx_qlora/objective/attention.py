@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_qlora.objective.exponential import exp_of_shifted
 from mlx_qlora.objective.segments import SegmentMask, band
 
-_NAME = "scaled_dot_product_attention"
 BLOCK = 128
 """Queries per block: scores of B · H · BLOCK · T live at a time."""
 MIN_TOKENS = 256
@@ -38,7 +38,10 @@ class _Causal:
 
 @dataclass(frozen=True)
 class _Dense:
-    """An array of booleans, (T, T) or (B or 1, H or 1, T, T), taken to be false after the query."""
+    """An array of booleans, (T, T) or (B or 1, H or 1, T, T), from a decoder.
+
+    Taken for granted: no query sees a later key, and each sees at least one.
+    """
 
     allowed: mx.array
 
@@ -54,12 +57,11 @@ class _Dense:
 _Mask = SegmentMask | _Causal | _Dense
 
 
-class _Scoring(NamedTuple):
-    """How a score is made of a query and a key."""
+class Scoring(NamedTuple):
+    """How scores are made of queries and keys, and how many at a time."""
 
     mask: _Mask
     scale: float
-    soft_cap: float | None
     block: int
 
     def blocks(self, num_tokens: int) -> Iterator[tuple[slice, slice]]:
@@ -68,25 +70,18 @@ class _Scoring(NamedTuple):
             stop = min(num_tokens, start + self.block)
             yield slice(start, stop), slice(self.mask.first_key(start), stop)
 
-    def allowed(self, rows: slice, keys: slice, key_heads: int) -> mx.array:
-        """The mask of one block, shaped to go with scores (B, K, G, S, keys)."""
-        allowed = self.mask.block(rows.start, rows.stop, keys.start)
-        if allowed.ndim < 4:
-            return allowed
-        if allowed.shape[1] == 1:
-            return allowed[:, :, None]
-        return allowed.reshape(allowed.shape[0], key_heads, -1, *allowed.shape[2:])
-
-    def scores(self, q: mx.array, k: mx.array, allowed: mx.array) -> mx.array:
-        """Scores of one block, float32, (B, K, G, S, keys)."""
-        scores = ((q * self.scale) @ k.swapaxes(-1, -2)).astype(mx.float32)
-        if self.soft_cap is not None:
-            scores = mx.tanh(scores / self.soft_cap) * self.soft_cap
-        # The lowest number, not -inf: a query that may see nothing must not make a NaN.
-        return mx.where(allowed, scores, mx.finfo(mx.float32).min)
+    def scores(self, q: mx.array, k_t: mx.array, rows: slice, seen: slice) -> mx.array:
+        """Scores of one block, queries scaled already, keys transposed; float32, (B, K, G, S, keys)."""
+        scores = (q @ k_t[..., seen]).astype(mx.float32)
+        allowed = self.mask.block(rows.start, rows.stop, seen.start)
+        if allowed.ndim == 4:
+            heads = (1, 1) if allowed.shape[1] == 1 else (k_t.shape[1], -1)
+            allowed = allowed.reshape(allowed.shape[0], *heads, *allowed.shape[2:])
+        # A minimum takes a tenth of a where's time on the CPU. Not -inf, so that nothing can become NaN.
+        return mx.minimum(scores, mx.where(allowed, mx.inf, mx.finfo(mx.float32).min))
 
 
-def attend(queries: mx.array, keys: mx.array, values: mx.array, scoring: _Scoring) -> mx.array:
+def attend(queries: mx.array, keys: mx.array, values: mx.array, scoring: Scoring) -> mx.array:
     """Attention of queries (B, H, T, D) to keys and values (B, K, T, D), for gradients too.
 
     Kept for the backward pass: the output and each query's log-sum-exp of scores; the scores are made
@@ -109,19 +104,20 @@ def attend(queries: mx.array, keys: mx.array, values: mx.array, scoring: _Scorin
     return result[0]
 
 
-def _forward(q: mx.array, k: mx.array, v: mx.array, scoring: _Scoring) -> tuple[mx.array, mx.array]:
+def _forward(q: mx.array, k: mx.array, v: mx.array, scoring: Scoring) -> tuple[mx.array, mx.array]:
     num_tokens, key_heads = q.shape[2], k.shape[1]
-    q, k, v = _grouped(q, key_heads), k[:, :, None], v[:, :, None]
+    q, k_t, v = _grouped(q * scoring.scale, key_heads), _transposed(k), v[:, :, None]
     outputs, log_sums = list[mx.array](), list[mx.array]()
     for rows, seen in scoring.blocks(num_tokens):
         q_block = q[..., rows, :]
         if outputs:  # one block's scores after the other's, never side by side
             (q_block,) = mx.depends([q_block], [outputs[-1]])
-        scores = scoring.scores(q_block, k[..., seen, :], scoring.allowed(rows, seen, key_heads))
-        log_sum = mx.logsumexp(scores, axis=-1, keepdims=True)
-        weights = mx.exp(scores - log_sum).astype(v.dtype)
-        outputs.append(weights @ v[..., seen, :])
-        log_sums.append(log_sum)
+        scores = scoring.scores(q_block, k_t, rows, seen)
+        highest = scores.max(axis=-1, keepdims=True)
+        weights = exp_of_shifted(scores - highest)
+        total = weights.sum(axis=-1, keepdims=True)
+        outputs.append((weights / total).astype(v.dtype) @ v[..., seen, :])
+        log_sums.append(highest + mx.log(total))
     return _flat(mx.concatenate(outputs, axis=3)), mx.concatenate(log_sums, axis=3)
 
 
@@ -132,35 +128,38 @@ def _backward(
     d_out: mx.array,
     out: mx.array,
     log_sums: mx.array,
-    scoring: _Scoring,
+    scoring: Scoring,
 ) -> tuple[mx.array, mx.array, mx.array]:
     num_tokens, key_heads, dtype = q.shape[2], k.shape[1], q.dtype
-    q, out, d_out = (_grouped(x, key_heads) for x in (q, out, d_out))
+    q, out, d_out = (_grouped(x, key_heads) for x in (q * scoring.scale, out, d_out))
     d_k, d_v = mx.zeros(k.shape, mx.float32), mx.zeros(v.shape, mx.float32)
-    k, v = k[:, :, None], v[:, :, None]
+    k, k_t, v_t = k[:, :, None], _transposed(k), _transposed(v)
     d_q: list[mx.array] = []
     for rows, seen in scoring.blocks(num_tokens):
         q_block, d_block = q[..., rows, :], d_out[..., rows, :]
         if d_q:
             q_block, d_block = mx.depends([q_block, d_block], [d_q[-1], d_k, d_v])
-        k_block, v_block = k[..., seen, :], v[..., seen, :]
-        allowed = scoring.allowed(rows, seen, key_heads)
-        scores = scoring.scores(q_block, k_block, allowed)
-        weights = mx.exp(scores - log_sums[..., rows, :])
-        d_weights = (d_block @ v_block.swapaxes(-1, -2)).astype(mx.float32)
+        scores = scoring.scores(q_block, k_t, rows, seen)
+        weights = exp_of_shifted(
+            scores - log_sums[..., rows, :]
+        )  # nothing where masked, so no gradient either
+        d_weights = (d_block @ v_t[..., seen]).astype(mx.float32)
         row_sums = (d_block * out[..., rows, :]).astype(mx.float32).sum(axis=-1, keepdims=True)
-        d_scores = weights * (d_weights - row_sums)
-        if scoring.soft_cap is not None:
-            d_scores = d_scores * (1 - mx.square(scores / scoring.soft_cap))
-        d_scores = mx.where(allowed, d_scores * scoring.scale, 0).astype(dtype)
-        d_q.append(d_scores @ k_block)
+        d_scores = (weights * (d_weights - row_sums)).astype(dtype)
+        d_q.append(d_scores @ k[..., seen, :])
         d_k = _added(d_k, seen, (d_scores.swapaxes(-1, -2) @ q_block).sum(axis=2))
         d_v = _added(d_v, seen, (weights.astype(dtype).swapaxes(-1, -2) @ d_block).sum(axis=2))
-    return _flat(mx.concatenate(d_q, axis=3)), d_k.astype(dtype), d_v.astype(dtype)
+    d_q_scaled = _flat(mx.concatenate(d_q, axis=3)) * scoring.scale
+    return d_q_scaled, d_k.astype(dtype), d_v.astype(dtype)
 
 
 def _added(total: mx.array, where: slice, part: mx.array) -> mx.array:
     return total.at[:, :, where].add(part.astype(total.dtype))
+
+
+def _transposed(x: mx.array) -> mx.array:
+    """(B, K, T, D) as (B, K, 1, D, T), laid out: MLX's CPU loops take a transposed view twice as long."""
+    return mx.contiguous(x.swapaxes(-1, -2))[:, :, None]
 
 
 def _grouped(x: mx.array, key_heads: int) -> mx.array:
@@ -172,14 +171,19 @@ def _flat(x: mx.array) -> mx.array:
     return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
-def use_blocked_attention() -> bool:
-    """Whether to train with blocked attention on the default device: yes, everywhere.
+def has_fused_gradient(queries: mx.array, mask: Any) -> bool:
+    """Whether MLX's own attention has a gradient that keeps no scores: the one place that knows devices.
 
-    MLX's fused attention has no gradient of its own that keeps less than the scores on the CPU. On Metal
-    its gradient falls back to unfused operations when the forward pass is traced for gradients; that is
-    read from its documentation and has not been measured here.
+    - CPU: there is no fused attention, forward or backward.
+    - Metal: none while gradients are traced. MLX chooses the unfused operations there and says that they
+      are faster (mlx/backend/metal/scaled_dot_product_attention.cpp, `use_fallback`, `is_training`); they
+      keep all scores.
+    - CUDA: cuDNN's, for 16-bit types and rows whose length is a multiple of 128
+      (mlx/backend/cuda/scaled_dot_product_attention.cpp). Read, not run.
     """
-    return True
+    is_cuda = mx.default_device() == mx.gpu and mx.cuda.is_available()
+    is_taken = isinstance(mask, str) and queries.dtype != mx.float32 and queries.shape[2] % 128 == 0
+    return is_cuda and is_taken
 
 
 def covers(model: nn.Module) -> bool:
@@ -197,6 +201,9 @@ def covers(model: nn.Module) -> bool:
     with _swapped(model, count):
         model(mx.array([[1, 2, 3]]))
     return calls == len(getattr(model, "layers", ()))
+
+
+_NAME = "scaled_dot_product_attention"
 
 
 @contextmanager
@@ -250,9 +257,10 @@ def _attention(plain: Callable[..., mx.array], block: int, min_tokens: int) -> C
             and not hasattr(cache, "bits")
             and _is_self_attention(queries, keys, values)
             and queries.shape[2] >= min_tokens
+            and not has_fused_gradient(queries, mask)
         )
         if taken is not None and fits:
-            return attend(queries, keys, values, _Scoring(taken, scale, None, block))
+            return attend(queries, keys, values, Scoring(taken, scale, block))
         mask = mask.dense() if isinstance(mask, SegmentMask) else mask
         return plain(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
 

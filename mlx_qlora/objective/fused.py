@@ -9,7 +9,6 @@ Shapes: N positions, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,16 +16,22 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_qlora.blas import blas_is_fast
+from mlx_qlora.objective.exponential import exp_of_shifted
 from mlx_qlora.objective.head import Head
-from mlx_qlora.quantization.dense import unpacked, use_dense_products
+from mlx_qlora.quantization.dense import (
+    Product,
+    backward_product,
+    forward_product,
+    is_quantized,
+    use_dense_products,
+)
 
-CHUNK_BYTES = 12 * 1024**2
+CHUNK_BYTES = 8 * 1024**2
 """float32 logits of one chunk: small enough to be forgotten, large enough to keep a matmul busy."""
 
 UNPACKED_HEAD_BYTES = 256 * 1024**2
 """On a CPU with a fast BLAS a head up to this size is unpacked once for all chunks of a batch."""
-
-Matmul = Callable[[mx.array], mx.array]
 
 
 def chunk_length(vocabulary: int, chunk_bytes: int = CHUNK_BYTES) -> int:
@@ -55,7 +60,7 @@ def _plain(head: Head, chunk_bytes: int) -> Any:
 
     @mx.custom_function
     def nll(hidden: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
-        to_logits, to_hidden = _matmuls(head.module, hidden)
+        to_logits, to_hidden = _products(head.module, hidden)
         chunk = partial(_chunk, to_logits, to_hidden)
         length = chunk_length(vocabulary, chunk_bytes)
         total, grads = mx.array(0.0), list[mx.array]()
@@ -80,16 +85,20 @@ def _plain(head: Head, chunk_bytes: int) -> Any:
 
 
 def _chunk(
-    to_logits: Matmul, to_hidden: Matmul, hidden: mx.array, targets: mx.array, weights: mx.array
+    to_logits: Product, to_hidden: Product, hidden: mx.array, targets: mx.array, weights: mx.array
 ) -> tuple[mx.array, mx.array]:
     """The loss of some positions and the gradient of their hidden states."""
     logits = to_logits(hidden).astype(mx.float32)
-    lse = mx.logsumexp(logits, axis=-1, keepdims=True)
+    highest = logits.max(axis=-1, keepdims=True)
     at_target = mx.take_along_axis(logits, targets[:, None], axis=-1)
+    d_logits = exp_of_shifted(logits - highest)
+    total = d_logits.sum(axis=-1, keepdims=True)
+    lse = highest + mx.log(total)
     nll = ((lse - at_target)[:, 0] * weights).sum()
-    minus_one = mx.exp(at_target - lse) - 1
-    d_logits = mx.put_along_axis(mx.exp(logits - lse), targets[:, None], minus_one, axis=-1)
-    return nll, to_hidden((d_logits * weights[:, None]).astype(hidden.dtype))
+    d_logits = d_logits * (weights[:, None] / total)
+    minus_one = (mx.exp(at_target - lse) - 1) * weights[:, None]
+    d_logits = mx.put_along_axis(d_logits, targets[:, None], minus_one, axis=-1)
+    return nll, to_hidden(d_logits.astype(hidden.dtype))
 
 
 def _generic(head: Head, chunk_bytes: int) -> Any:
@@ -134,20 +143,20 @@ def _generic(head: Head, chunk_bytes: int) -> Any:
     return nll
 
 
-def _matmuls(module: nn.Module, hidden: mx.array) -> tuple[Matmul, Matmul]:
+def _products(layer: nn.Module, hidden: mx.array) -> tuple[Product, Product]:
     """hidden → logits, and gradient of the logits → gradient of hidden, for a frozen weight (V, D)."""
-    if not isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
-        return _dense_matmuls(module.weight)
-    if use_dense_products() and 4 * module.weight.shape[0] * hidden.shape[-1] <= UNPACKED_HEAD_BYTES:
-        return _dense_matmuls(unpacked(module, hidden))
-    settings = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
-    weight, scales, biases = module.weight, module.scales, module.get("biases")
+    if use_dense_products():
+        # Without a BLAS a product takes so long that unpacking for every chunk is not felt.
+        is_small = 4 * layer.weight.shape[0] * hidden.shape[-1] <= UNPACKED_HEAD_BYTES
+        keep = blas_is_fast() and is_small
+        return forward_product(layer, hidden, keep=keep), backward_product(layer, hidden, keep=keep)
+    weight = layer.weight
+    if not is_quantized(layer):
+        return (lambda h: h @ weight.T), (lambda g: g @ weight)
+    settings = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
+    scales, biases = layer.scales, layer.get("biases")
 
     def multiply(x: mx.array, *, transpose: bool) -> mx.array:
         return mx.quantized_matmul(x, weight, scales, biases, transpose=transpose, **settings)
 
     return (lambda h: multiply(h, transpose=True)), (lambda g: multiply(g, transpose=False))
-
-
-def _dense_matmuls(weight: mx.array) -> tuple[Matmul, Matmul]:
-    return (lambda h: h @ weight.T), (lambda g: g @ weight)

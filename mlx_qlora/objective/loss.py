@@ -17,7 +17,7 @@ import numpy as np
 from mlx_qlora.config import DataConfig
 from mlx_qlora.dataset.batches import Batch, Layout
 from mlx_qlora.errors import ConfigError
-from mlx_qlora.objective.attention import blocked_attention, covers, use_blocked_attention
+from mlx_qlora.objective.attention import blocked_attention, covers
 from mlx_qlora.objective.fused import CHUNK_BYTES, fused_nll
 from mlx_qlora.objective.head import SplitModel, split
 from mlx_qlora.objective.segments import RowCache, keeps_examples_apart
@@ -138,7 +138,7 @@ def objective_for(model: nn.Module, chunk_bytes: int = CHUNK_BYTES) -> Objective
     was_training = model.training
     model.eval()
     try:
-        is_blocked = use_blocked_attention() and covers(model)
+        is_blocked = covers(model)
         return Objective(model, split(model), keeps_examples_apart(model), is_blocked, chunk_bytes)
     finally:
         model.train(was_training)

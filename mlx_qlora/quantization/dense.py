@@ -1,13 +1,17 @@
-"""Quantized layers on a CPU with a fast BLAS: unpack the weight, then multiply dense.
+"""Linear layers on a CPU: unpack a quantized weight, then multiply dense.
 
 MLX's CPU backend multiplies quantized weights with loops of its own, which no BLAS speeds up. For many rows
-it is far cheaper to unpack a layer's weight in float32, multiply, and forget it. The backward pass unpacks
-it again, so no unpacked weight is kept. BLAS knows no bfloat16: such a layer multiplies in float32 too.
+it is far cheaper to unpack a layer's weight in float32, multiply, and forget it, some rows of the weight at a
+time. The backward pass unpacks it again, so no unpacked weight is kept. BLAS knows no bfloat16: such a layer
+multiplies in float32 too.
+
+Without a fast BLAS the same holds for x · Wᵀ, if the transpose is laid out first: MLX's own loops walk along
+a row of the second matrix. There g · W, which walks along rows of W as it is, stays quantized.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,9 +24,15 @@ MIN_ROWS = 16
 """Fewer rows do not pay for unpacking: generation stays with the quantized product."""
 
 
+BLOCK_BYTES = 2 * 1024**2
+"""Of a weight as float32: what is unpacked at a time."""
+
+Product = Callable[[mx.array], mx.array]
+
+
 def use_dense_products() -> bool:
-    """Whether unpacking pays on this device: on a CPU with a fast BLAS, and nowhere else."""
-    return mx.default_device() == mx.cpu and blas_is_fast()
+    """Whether unpacking pays on this device: on a CPU, and nowhere else."""
+    return mx.default_device() == mx.cpu
 
 
 @contextmanager
@@ -62,23 +72,99 @@ def product(x: mx.array, layer: Any) -> mx.array:
     @mx.custom_function
     def forward(x: mx.array) -> mx.array:
         rows = x.astype(mx.float32)
-        return (rows @ unpacked(layer, rows).T).astype(x.dtype)
+        return forward_product(layer, rows)(rows).astype(x.dtype)
 
     @forward.vjp
     def backward(x: mx.array, cotangent: mx.array, _output: mx.array) -> mx.array:
         rows = cotangent.astype(mx.float32)
-        return (rows @ unpacked(layer, rows)).astype(x.dtype)
+        return backward_product(layer, rows)(rows).astype(x.dtype)
 
     y: mx.array = forward(x)  # type: ignore[assignment]  # custom_function is typed as object
     return y
 
 
-def unpacked(layer: Any, after: mx.array) -> mx.array:
-    """The layer's weight, (out, in), in the type of `after`, and not before `after` is there."""
-    # Without this order all layers' weights may be unpacked at once, ahead of their use.
-    (packed,) = mx.depends([layer["weight"]], [after])
+def forward_product(layer: Any, after: mx.array, *, keep: bool = False) -> Product:
+    """x → x · Wᵀ.
+
+    Args:
+        after: W is not unpacked before this is there.
+        keep: Unpack W once for all calls, and whole.
+    """
+    if keep:
+        kept = _laid_out(unpacked(layer, after))
+        return lambda x: x @ kept
+
+    def multiply(x: mx.array) -> mx.array:
+        outputs: list[mx.array] = []
+        for rows in _blocks(layer):
+            weight = unpacked(layer, outputs[-1] if outputs else x, rows)
+            outputs.append(x @ _laid_out(weight))
+        return mx.concatenate(outputs, axis=-1) if len(outputs) > 1 else outputs[0]
+
+    return multiply
+
+
+def backward_product(layer: Any, after: mx.array, *, keep: bool = False) -> Product:
+    """g → g · W, for the gradient of x; the arguments are those of `forward_product`."""
+    if is_quantized(layer) and not blas_is_fast():
+        packed, scales, biases = _stored(layer, after.dtype)
+        settings = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
+        return lambda g: mx.quantized_matmul(g, packed, scales, biases, transpose=False, **settings)
+    if keep:
+        kept = unpacked(layer, after)
+        return lambda g: g @ kept
+
+    def multiply(g: mx.array) -> mx.array:
+        first, *others = _blocks(layer)
+        total = g[..., first] @ unpacked(layer, g, first)
+        for rows in others:
+            total = total + g[..., rows] @ unpacked(layer, total, rows)
+        return total
+
+    return multiply
+
+
+def _laid_out(weight: mx.array) -> mx.array:
+    """The transpose of a weight, as this machine multiplies with it fastest."""
+    return weight.T if blas_is_fast() else mx.contiguous(weight.T)
+
+
+def _blocks(layer: Any) -> list[slice]:
+    """Rows of the weight, a block at a time."""
+    num_rows = layer["weight"].shape[0]
+    if blas_is_fast() and not is_quantized(layer):
+        return [slice(0, num_rows)]  # nothing is unpacked or laid out
+    size = max(1, BLOCK_BYTES // (4 * _input_size(layer)))
+    return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
+
+
+def _input_size(layer: Any) -> int:
+    if not is_quantized(layer):
+        return int(layer["weight"].shape[1])
+    return int(layer["weight"].shape[1]) * 32 // int(layer.bits)
+
+
+def is_quantized(layer: nn.Module) -> bool:
+    """Whether MLX holds the weight of this layer in groups."""
+    return isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding)
+
+
+def unpacked(layer: Any, after: mx.array, rows: slice = slice(None)) -> mx.array:
+    """Rows of the layer's weight, (out, in), not before `after` is there; of its type if it was quantized."""
+    # Without this order all layers' weights may be unpacked or laid out at once, ahead of their use.
+    (stored,) = mx.depends([layer["weight"][rows]], [after])
+    if not is_quantized(layer):
+        weight: mx.array = stored
+        return weight
+    packed, (_, scales, biases) = stored, _stored(layer, after.dtype)
+    biases = biases[rows] if biases is not None else None
+    settings = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
+    return mx.dequantize(packed, scales[rows], biases, **settings, dtype=after.dtype)
+
+
+def _stored(layer: Any, dtype: mx.Dtype) -> tuple[mx.array, mx.array, mx.array | None]:
+    """Packed weight, scales and biases of a quantized layer."""
     scales, biases = layer["scales"], layer.get("biases")
     if biases is not None:  # scales of the floating-point modes are bytes
-        scales, biases = scales.astype(after.dtype), biases.astype(after.dtype)
-    settings = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
-    return mx.dequantize(packed, scales, biases, **settings, dtype=after.dtype)
+        scales, biases = scales.astype(dtype), biases.astype(dtype)
+    return layer["weight"], scales, biases

@@ -125,9 +125,9 @@ def test_only_labelled_positions_are_gathered_in_multiples_of_64():
     assert np.array_equal(np.array(inputs.targets_M)[:labels], batch.targets_BT.reshape(-1)[chosen])
 
 
-def test_a_chunk_is_about_twelve_mebibytes_of_logits():
-    assert chunk_length(32_000) == 98
-    assert chunk_length(152_000) == 20
+def test_a_chunk_is_about_eight_mebibytes_of_logits():
+    assert chunk_length(32_000) == 65
+    assert chunk_length(64_000) == 32
     assert chunk_length(10**7) == 16
 
 
@@ -151,4 +151,4 @@ def test_the_logits_of_a_large_vocabulary_never_exist_at_once():
     plain = peak(lambda h: weighted_nll(head(h), targets, weights))
     fused = peak(lambda h: fused_nll(h, targets, weights, head, 1024**2))
     assert plain > 2 * logits_bytes
-    assert fused < 12 * 1024**2  # a chunk is 1 MiB; without the order between chunks it is 25 MB
+    assert fused < 20 * 1024**2  # a chunk is 1 MiB; without the order between chunks it is 24 MiB, or 40

@@ -6,14 +6,22 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
+from mlx_qlora.objective import fused
 from mlx_qlora.objective.loss import Objective, objective_for
 from mlx_qlora.quantization import dense
 from mlx_qlora.quantization.dense import MIN_ROWS, dense_products, product, use_dense_products
 from mlx_qlora.training.recompute import recomputed
 from tests.tiny import random_batch, tiny_llama, tiny_model, with_lora
-from tests.unit.objective.test_fused import assert_equal, gradients
+from tests.unit.objective.test_fused import CHUNK, assert_equal, gradients
 
 KEYS = mx.random.split(mx.random.key(5), 6)
+
+
+@pytest.fixture(params=[True, False], ids=["BLAS", "no BLAS"], autouse=True)
+def has_blas(request, monkeypatch):
+    """What is unpacked, and how, depends on it; the numbers do not."""
+    monkeypatch.setattr(dense, "blas_is_fast", lambda: request.param)
+    return request.param
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
@@ -22,7 +30,16 @@ def test_loss_and_every_gradient_are_those_of_quantized_products(name, compiled)
     model, batch = with_lora(tiny_model(name), dropout=0.3), random_batch([9, 40])
     plain = gradients(Objective(model, None), batch, keys=KEYS)
     with dense_products(model, enabled=True):
-        assert_equal(plain, gradients(objective_for(model), batch, compiled=compiled, keys=KEYS))
+        assert_equal(plain, gradients(objective_for(model, CHUNK), batch, compiled=compiled, keys=KEYS))
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_head_is_unpacked_once_for_all_chunks_and_gives_the_same_numbers(bits, monkeypatch):
+    model, batch = with_lora(tiny_llama(bits=bits)), random_batch([9, 40])
+    monkeypatch.setattr(fused, "use_dense_products", lambda: False)
+    plain = gradients(objective_for(model, CHUNK), batch)
+    monkeypatch.setattr(fused, "use_dense_products", lambda: True)
+    assert_equal(plain, gradients(objective_for(model, CHUNK), batch))
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
@@ -117,17 +134,9 @@ def test_another_model_is_left_alone():
     assert type(model.layers[0].self_attn.q_proj) is nn.QuantizedLinear
 
 
-@pytest.mark.parametrize(("device", "has_blas"), [(mx.gpu, True), (mx.cpu, False)], ids=["gpu", "no BLAS"])
-def test_it_rests_on_a_gpu_and_without_a_fast_blas(monkeypatch, device, has_blas):
-    monkeypatch.setattr(dense.mx, "default_device", lambda: mx.Device(device, 0))
-    monkeypatch.setattr(dense, "blas_is_fast", lambda: has_blas)
+def test_it_rests_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(dense.mx, "default_device", lambda: mx.Device(mx.gpu, 0))
     model = tiny_llama()
     assert not use_dense_products()
     with dense_products(model):
         assert type(model.layers[0].self_attn.q_proj) is nn.QuantizedLinear
-
-
-def test_it_works_on_a_cpu_with_a_fast_blas(monkeypatch):
-    monkeypatch.setattr(dense.mx, "default_device", lambda: mx.Device(mx.cpu, 0))
-    monkeypatch.setattr(dense, "blas_is_fast", lambda: True)
-    assert use_dense_products()
