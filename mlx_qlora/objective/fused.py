@@ -24,6 +24,7 @@ from mlx_qlora.quantization.dense import (
     backward_product,
     forward_product,
     is_quantized,
+    kept_products,
     use_dense_products,
 )
 
@@ -148,8 +149,9 @@ def _products(layer: nn.Module, hidden: mx.array) -> tuple[Product, Product]:
     if use_dense_products():
         # Without a BLAS a product takes so long that unpacking for every chunk is not felt.
         is_small = 4 * layer.weight.shape[0] * hidden.shape[-1] <= UNPACKED_HEAD_BYTES
-        keep = blas_is_fast() and is_small
-        return forward_product(layer, hidden, keep=keep), backward_product(layer, hidden, keep=keep)
+        if blas_is_fast() and is_small:
+            return kept_products(layer, hidden)
+        return forward_product(layer), backward_product(layer)
     weight = layer.weight
     if not is_quantized(layer):
         return (lambda h: h @ weight.T), (lambda g: g @ weight)

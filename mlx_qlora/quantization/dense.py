@@ -26,6 +26,8 @@ MIN_ROWS = 16
 
 BLOCK_BYTES = 2 * 1024**2
 """Of a weight as float32: what is unpacked at a time."""
+MIN_BLOCK_ROWS = 512
+"""But so many rows at least: each block adds nodes to the graph of a step, and they take memory too."""
 
 Product = Callable[[mx.array], mx.array]
 
@@ -72,47 +74,35 @@ def product(x: mx.array, layer: Any) -> mx.array:
     @mx.custom_function
     def forward(x: mx.array) -> mx.array:
         rows = x.astype(mx.float32)
-        return forward_product(layer, rows)(rows).astype(x.dtype)
+        return forward_product(layer)(rows).astype(x.dtype)
 
     @forward.vjp
     def backward(x: mx.array, cotangent: mx.array, _output: mx.array) -> mx.array:
         rows = cotangent.astype(mx.float32)
-        return backward_product(layer, rows)(rows).astype(x.dtype)
+        return backward_product(layer)(rows).astype(x.dtype)
 
     y: mx.array = forward(x)  # type: ignore[assignment]  # custom_function is typed as object
     return y
 
 
-def forward_product(layer: Any, after: mx.array, *, keep: bool = False) -> Product:
-    """x → x · Wᵀ.
-
-    Args:
-        after: W is not unpacked before this is there.
-        keep: Unpack W once for all calls, and whole.
-    """
-    if keep:
-        kept = _laid_out(unpacked(layer, after))
-        return lambda x: x @ kept
+def forward_product(layer: Any) -> Product:
+    """x → x · Wᵀ, unpacking W anew at each call."""
 
     def multiply(x: mx.array) -> mx.array:
         outputs: list[mx.array] = []
         for rows in _blocks(layer):
             weight = unpacked(layer, outputs[-1] if outputs else x, rows)
             outputs.append(x @ _laid_out(weight))
-        return mx.concatenate(outputs, axis=-1) if len(outputs) > 1 else outputs[0]
+        return _joined(outputs)
 
     return multiply
 
 
-def backward_product(layer: Any, after: mx.array, *, keep: bool = False) -> Product:
-    """g → g · W, for the gradient of x; the arguments are those of `forward_product`."""
+def backward_product(layer: Any) -> Product:
+    """g → g · W, the gradient of x, unpacking W anew at each call, or not at all where that is cheaper."""
     if is_quantized(layer) and not blas_is_fast():
-        packed, scales, biases = _stored(layer, after.dtype)
         settings = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
-        return lambda g: mx.quantized_matmul(g, packed, scales, biases, transpose=False, **settings)
-    if keep:
-        kept = unpacked(layer, after)
-        return lambda g: g @ kept
+        return lambda g: mx.quantized_matmul(g, *_stored(layer, g.dtype), transpose=False, **settings)
 
     def multiply(g: mx.array) -> mx.array:
         first, *others = _blocks(layer)
@@ -122,6 +112,31 @@ def backward_product(layer: Any, after: mx.array, *, keep: bool = False) -> Prod
         return total
 
     return multiply
+
+
+def kept_products(layer: Any, after: mx.array) -> tuple[Product, Product]:
+    """x → x · Wᵀ and g → g · W, with W unpacked once, when `after` is there, for all calls of both.
+
+    For a fast BLAS.
+    """
+    blocks, weights = _blocks(layer), list[mx.array]()
+    for rows in blocks:
+        weights.append(unpacked(layer, weights[-1] if weights else after, rows))
+
+    def forward(x: mx.array) -> mx.array:
+        return _joined([x @ weight.T for weight in weights])
+
+    def backward(g: mx.array) -> mx.array:
+        total = g[..., blocks[0]] @ weights[0]
+        for rows, weight in zip(blocks[1:], weights[1:], strict=True):
+            total = total + g[..., rows] @ weight
+        return total
+
+    return forward, backward
+
+
+def _joined(outputs: list[mx.array]) -> mx.array:
+    return mx.concatenate(outputs, axis=-1) if len(outputs) > 1 else outputs[0]
 
 
 def _laid_out(weight: mx.array) -> mx.array:
@@ -134,7 +149,7 @@ def _blocks(layer: Any) -> list[slice]:
     num_rows = layer["weight"].shape[0]
     if blas_is_fast() and not is_quantized(layer):
         return [slice(0, num_rows)]  # nothing is unpacked or laid out
-    size = max(1, BLOCK_BYTES // (4 * _input_size(layer)))
+    size = max(MIN_BLOCK_ROWS, BLOCK_BYTES // (4 * _input_size(layer)))
     return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
 
 

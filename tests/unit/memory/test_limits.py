@@ -1,8 +1,12 @@
 """memory/limits.py"""
 
+import subprocess
+import sys
+
 import mlx.core as mx
 import pytest
 
+from mlx_qlora.memory import limits as limits_module
 from mlx_qlora.memory.limits import CACHE_SHARE, memory_limits
 
 MIB = 1024**2
@@ -78,3 +82,33 @@ def test_the_wired_limit_is_never_touched(monkeypatch):
     monkeypatch.setattr(mx, "set_wired_limit", lambda _: pytest.fail("the wired limit was set"))
     with memory_limits(800 * MIB):
         pass
+
+
+@pytest.mark.parametrize(("held", "calls"), [(500, [1, 32]), (300, [])], ids=["tight", "roomy"])
+def test_freed_arrays_go_back_to_the_system_only_where_memory_is_tight(monkeypatch, held, calls):
+    said: list[int] = []
+    monkeypatch.setattr(limits_module, "_map_arrays_from", lambda size: said.append(size // MIB))
+    monkeypatch.setattr(limits_module.mx, "get_active_memory", lambda: held * MIB)
+    with memory_limits(800 * MIB):
+        assert said == calls[:1]
+    assert said == calls
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's setting")
+def test_a_freed_array_leaves_the_process_where_memory_is_tight():
+    """In a process of its own, since the C library's heap remembers."""
+    script = """
+import mlx.core as mx
+from mlx_qlora.memory.limits import memory_limits
+from mlx_qlora.memory.monitor import footprint_bytes
+MIB = 1024**2
+keep = mx.ones((64 * MIB,)); mx.eval(keep)
+with memory_limits(300 * MIB, 0):
+    before = footprint_bytes()
+    arrays = [mx.zeros((MIB,)) + n for n in range(20)]; mx.eval(arrays)
+    between = [bytes(100_000) for _ in range(20)]
+    del arrays
+    print((footprint_bytes() - before) // MIB)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 12  # of 80
