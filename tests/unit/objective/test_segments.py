@@ -96,3 +96,15 @@ def test_end_to_end_is_chosen_only_where_it_is_cheaper():
     assert not Layout(may_concatenate=False, linear_cost=1e9).concatenates([200, 10])
     assert not Layout(may_concatenate=True, linear_cost=1e9, longest_row=96).concatenates([60, 60])
     assert Layout(may_concatenate=True, linear_cost=100.0, is_banded=True).concatenates([512, 400])
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_several_rows_of_several_examples_are_tried_before_packing(name):
+    """gemma2's own attention would read the second row's mask as its second head's."""
+    objective = objective_for(tiny_model(name))
+    assert objective.keeps_examples_apart
+    if name == "gemma2":
+        with pytest.raises(ConfigError, match="cannot be packed"):
+            objective.layout(DataConfig(packing=True))
+    else:
+        assert objective.layout(DataConfig(packing=True)).row_capacity
