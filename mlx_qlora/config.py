@@ -163,6 +163,11 @@ class TrainingConfig(Config):
     gradient_checkpointing: bool = False
     """Recompute each layer in the backward pass: less memory, more time."""
 
+    cache_frozen_prefix: bool = False
+    """Where only the last layers have an update (lora.num_layers): run those below once for each example and
+    keep what they give on disk, 2 bytes for each hidden feature of a token. Exact where activations have 16
+    bits; the hidden states of a float32 model are rounded to bfloat16."""
+
     seed: NonNegativeInt = 0
     """Everything random is a function of this and of the step."""
 

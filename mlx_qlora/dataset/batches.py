@@ -29,6 +29,8 @@ class Batch:
     """Which example a position belongs to, -1 behind the last; None when each row is one example."""
     longest: int = field(default=0)
     """No example has more positions; 0 when that was not counted."""
+    examples: tuple[tuple[int, ...], ...] = ()
+    """For each row, the numbers of the examples that stand in it, end to end; empty when they have none."""
     target_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -99,7 +101,8 @@ class Batches:
         if epoch != self._epoch:
             rows = self._rows(epoch)
             self._row_lengths = [len(row) for row in rows]
-            self._permuted = self._buffer.perm([index for row in rows for index in row])
+            self._order = [index for row in rows for index in row]
+            self._permuted = self._buffer.perm(self._order)
             self._begins = np.concatenate([[0], np.cumsum(self._row_lengths)])
             self._epoch = epoch
         first = place * self.gradient_accumulation
@@ -130,11 +133,9 @@ class Batches:
 
     def _micro_batch(self, index: int) -> Batch:
         numbers = range(index * self.batch_size, min((index + 1) * self.batch_size, len(self._row_lengths)))
-        rows = [
-            [_example(self._permuted[int(at)]) for at in range(self._begins[n], self._begins[n + 1])]
-            for n in numbers
-        ]
-        return collated(rows, self.layout)
+        places = [range(self._begins[n], self._begins[n + 1]) for n in numbers]
+        rows = [[_example(self._permuted[at]) for at in row] for row in places]
+        return collated(rows, self.layout, [[self._order[at] for at in row] for row in places])
 
 
 def in_order(examples: Sequence[Example], batch_size: int, layout: Layout = PADDED) -> Iterator[Batch]:
@@ -144,15 +145,23 @@ def in_order(examples: Sequence[Example], batch_size: int, layout: Layout = PADD
         yield collated([[example] for example in ordered[first : first + batch_size]], layout)
 
 
-def collated(rows: Sequence[Sequence[Example]], layout: Layout) -> Batch:
-    """One micro-batch of rows, each one example or several packed ones."""
+def collated(
+    rows: Sequence[Sequence[Example]], layout: Layout, numbers: Sequence[Sequence[int]] = ()
+) -> Batch:
+    """One micro-batch of rows, each one example or several packed ones.
+
+    Args:
+        numbers: Of the examples, in the same order, where they have any.
+    """
     tokens = sum(len(example.tokens) for row in rows for example in row)
     is_packed = any(len(row) > 1 for row in rows)
     if not is_packed and layout.concatenates([len(row[0].tokens) - 1 for row in rows]):
         rows, is_packed = [[example for row in rows for example in row]], True
+        numbers = [[number for row in numbers for number in row]] if numbers else ()
     inputs, targets, mask, segments = concatenated(rows)
     longest = padded_length(max(len(example.tokens) - 1 for row in rows for example in row))
-    return Batch(inputs, targets, mask, tokens, segments if is_packed else None, longest)
+    held = tuple(map(tuple, numbers))
+    return Batch(inputs, targets, mask, tokens, segments if is_packed else None, longest, held)
 
 
 def _buffer(examples: Sequence[Example]) -> Any:

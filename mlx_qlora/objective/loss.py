@@ -1,12 +1,12 @@
 """The training objective: summed negative log-likelihood of the target tokens, and their number.
 
-Shapes: B batch, T tokens, N = B · T positions, M labelled positions, V vocabulary.
+Shapes: B batch, T tokens, D hidden size, N = B · T positions, M labelled positions, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from mlx_qlora.errors import ConfigError
 from mlx_qlora.objective.attention import blocked_attention, covers
 from mlx_qlora.objective.fused import CHUNK_BYTES, fused_nll
 from mlx_qlora.objective.head import SplitModel, split
+from mlx_qlora.objective.prefix import StoredPrefix
 from mlx_qlora.objective.segments import RowCache, keeps_examples_apart
 
 LABEL_MULTIPLE = 64
@@ -39,6 +40,8 @@ class LossInputs(NamedTuple):
     """The example each position belongs to; without elements when each row is one example."""
     longest: int
     """No example has more positions; one of few values."""
+    hidden_BTD: mx.array
+    """What the frozen layers below the first trained one give; without elements when they are to be run."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class Objective:
     is_blocked: bool = False
     """Whether attention is made block by block."""
     chunk_bytes: int = CHUNK_BYTES
+    prefix: StoredPrefix | None = None
+    """Hidden states computed before, for batches that say which examples they hold."""
 
     @property
     def notes(self) -> list[str]:
@@ -75,7 +80,8 @@ class Objective:
         Raises:
             ConfigError: packing is asked for and the model cannot keep examples apart.
         """
-        if config.packing and not self.keeps_examples_apart:
+        may_pack = self.keeps_examples_apart and keeps_examples_apart(self.model, num_rows=2)
+        if config.packing and not may_pack:
             raise ConfigError(
                 "This architecture cannot keep examples apart in one row, so they cannot be packed.",
                 where="data.packing",
@@ -108,17 +114,28 @@ class Objective:
             mx.array(weights),
             mx.array(segments),
             batch.longest,
+            self._stored(batch),
         )
 
     def nll(self, inputs: LossInputs) -> mx.array:
         """Summed negative log-likelihood of the labelled positions, in nats, float32."""
+        module = self.model if self.parts is None else self.parts.trunk
+        with self._given(inputs):
+            made = module(inputs.inputs_BT, **self._cache(inputs))
+        at_labels = made.reshape(-1, made.shape[-1])[inputs.labelled_M]
         if self.parts is None:
-            logits = self.model(inputs.inputs_BT, **self._cache(inputs))
-            at_labels = logits.reshape(-1, logits.shape[-1])[inputs.labelled_M]
             return weighted_nll(at_labels, inputs.targets_M, inputs.weights_M)
-        hidden = self.parts.trunk(inputs.inputs_BT, **self._cache(inputs))
-        at_labels = hidden.reshape(-1, hidden.shape[-1])[inputs.labelled_M]
         return fused_nll(at_labels, inputs.targets_M, inputs.weights_M, self.parts.head, self.chunk_bytes)
+
+    def _stored(self, batch: Batch) -> mx.array:
+        if self.prefix is None or not batch.examples:
+            return mx.zeros((0, 0, 0))
+        return self.prefix.gathered(batch)
+
+    def _given(self, inputs: LossInputs) -> AbstractContextManager[None]:
+        if self.prefix is None or inputs.hidden_BTD.size == 0:
+            return nullcontext()
+        return self.prefix.given(inputs.hidden_BTD)
 
     def _cache(self, inputs: LossInputs) -> dict[str, list[RowCache]]:
         if inputs.segments_BT.size == 0:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_qlora.dataset import Batch, Batches, Example, in_order
+from mlx_qlora.dataset.batches import Layout
 from mlx_qlora.errors import DataError
 
 quick = settings(max_examples=60, deadline=None)
@@ -117,6 +118,34 @@ def test_a_batch_holds_its_examples_shifted_by_one_and_nothing_else(lengths):
         assert not batch.mask_BT[row, last:].any()
     assert batch.tokens == sum(lengths)
     assert batch.target_tokens == sum(int(example.targets_mask.sum()) for example in examples)
+
+
+@quick
+@given(
+    lengths=LENGTHS,
+    epoch=st.integers(0, 2),
+    layout=st.sampled_from(
+        [
+            Layout(),
+            Layout(may_concatenate=True, linear_cost=1e9),
+            Layout(may_concatenate=True, row_capacity=128),
+        ]
+    ),
+    is_halved=st.booleans(),
+    **SIZES,
+)
+def test_a_batch_says_which_examples_stand_in_its_rows_and_in_which_order(
+    lengths, epoch, layout, is_halved, batch_size, accumulation, seed
+):
+    examples = examples_of(lengths)
+    batches = Batches(examples, batch_size, accumulation, seed, layout)
+    batches = (batches.halved() or batches) if is_halved else batches
+    for step in range(epoch * batches.steps_per_epoch, (epoch + 1) * batches.steps_per_epoch):
+        for batch in batches.step(step):
+            for row, numbers in zip(batch.inputs_BT, batch.examples, strict=True):
+                expected = np.concatenate([examples[number].tokens[:-1] for number in numbers])
+                assert row[: len(expected)].tolist() == expected.tolist()
+                assert not row[len(expected) :].any()
 
 
 @quick
