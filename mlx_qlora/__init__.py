@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_qlora.blas import load_system_blas
 
 if TYPE_CHECKING:
-    from mlx_qlora.api import evaluate, generate, load, quantize, stream, train
+    from mlx_qlora.api import evaluate, generate, load, plan, quantize, stream, train
     from mlx_qlora.config import RunConfig, build_config, read_config
     from mlx_qlora.presets import preset
 
@@ -20,6 +20,7 @@ __all__ = [
     "evaluate",
     "generate",
     "load",
+    "plan",
     "preset",
     "quantize",
     "read_config",

@@ -16,6 +16,7 @@ from mlx_qlora.errors import Interrupted, MlxQloraError
 COMMANDS = {
     "demo": "quantize, train and ask the embedded model: the whole job in a minute",
     "presets": "settings for Macs with 8, 16 and 32 GB",
+    "plan": "predicted peak memory of a run, from config.json alone",
     "quantize": "turn a 16-bit checkpoint into a quantized one, tensor by tensor",
     "train": "train an adapter on your data; stops and resumes at any moment",
     "infer": "ask one question",

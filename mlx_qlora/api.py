@@ -1,4 +1,4 @@
-"""The Python interface: what a notebook needs, in six functions."""
+"""The Python interface: what a notebook needs, in seven functions."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from mlx_qlora.config import QuantizationConfig, RunConfig, build_config
 from mlx_qlora.dataset import Example, in_order, render_prompt
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.inference.generate import Sampling, generate_pieces, load_assistant
+from mlx_qlora.memory.plan import parse_memory
 from mlx_qlora.objective.evaluate import Evaluation
 from mlx_qlora.objective.evaluate import evaluate as evaluate_batches
 from mlx_qlora.quantization.schemes import resolve
 from mlx_qlora.training.display import ProgressDisplay
 from mlx_qlora.training.events import Observer
+from mlx_qlora.training.planning import RunPlan, plan_run, work_of
 from mlx_qlora.training.run import TrainedRun, resumed_config
 from mlx_qlora.training.run import train as train_run
 from mlx_qlora.weights.source import resolve_model
@@ -106,6 +108,7 @@ def train(
     resume: bool = False,
     observers: Iterable[Observer] | None = None,
     on_bytes: Progress | None = None,
+    force: bool = False,
 ) -> TrainedRun:
     """Train an adapter; see `mlx_qlora.training.run.train`.
 
@@ -113,12 +116,26 @@ def train(
         config: A RunConfig, or a tree of its keys.
         resume: Go on if a run was begun in `adapter_path`; begin otherwise.
         observers: Told every event; None shows progress on standard error.
+        force: Train although the memory plan does not fit.
     """
     run = build_config(config) if isinstance(config, dict) else config
     is_begun = (Path(adapter_path) / "run.yaml").is_file()
     with closing(ProgressDisplay(run.training.steps_per_report)) as display:
         watching = [display] if observers is None else list(observers)
-        return train_run(run, adapter_path, resume=resume and is_begun, observers=watching, on_bytes=on_bytes)
+        return train_run(
+            run, adapter_path, resume=resume and is_begun, observers=watching, on_bytes=on_bytes, force=force
+        )
+
+
+def plan(config: RunConfig | dict[str, Any], *, memory: str | None = None) -> RunPlan:
+    """What a run's memory will be, from config.json and, where there is data and a tokenizer, its rows.
+
+    Args:
+        memory: Plan for a Mac with so much (``8GB``); None plans for this device.
+    """
+    run = build_config(config) if isinstance(config, dict) else config
+    memory_bytes = parse_memory(memory) if memory is not None else None
+    return plan_run(run, memory_bytes=memory_bytes, work=work_of(run))
 
 
 def evaluate(model: Any, examples: list[Example], *, batch_size: int = 4) -> Evaluation:
@@ -130,6 +147,7 @@ __all__ = [
     "evaluate",
     "generate",
     "load",
+    "plan",
     "quantize",
     "resumed_config",
     "stream",

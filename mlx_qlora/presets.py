@@ -28,7 +28,7 @@ def mac_32gb() -> dict[str, Any]:
 
 
 def auto() -> dict[str, Any]:
-    """The largest preset this machine's memory allows."""
+    """By this machine's memory alone; commands that know the model ask `training.planning.auto_preset`."""
     return PRESETS[name_for(psutil.virtual_memory().total)]()
 
 
@@ -38,6 +38,11 @@ PRESETS: dict[str, Callable[[], dict[str, Any]]] = {
     "mac-32gb": mac_32gb,
     "auto": auto,
 }
+
+
+def by_size() -> list[str]:
+    """Names of the presets for one size of Mac each, the largest first."""
+    return [name for name in reversed(PRESETS) if name != "auto"]
 
 
 def name_for(total_memory_bytes: int) -> str:

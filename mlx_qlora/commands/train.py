@@ -27,6 +27,9 @@ def train(
     assignments: Annotated[
         list[str] | None, typer.Option("--set", help="One key: --set training.learning_rate=1e-4")
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Train although the memory plan does not fit.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train an adapter on your data.
@@ -38,6 +41,7 @@ def train(
     --resume goes on, and the result is the one of a run that was never stopped.
     """
     from mlx_qlora.training.display import ProgressDisplay
+    from mlx_qlora.training.planning import auto_preset
     from mlx_qlora.training.run import resumed_config
     from mlx_qlora.training.run import train as train_adapter
 
@@ -45,12 +49,22 @@ def train(
     if resume and not (can_begin and not (adapter_path / "run.yaml").exists()):
         begun = resumed_config(adapter_path).model_dump(mode="json")
     else:
-        begun = {} if preset or config else preset_tree("auto")
-    trees = _trees(preset, config, model, data, skip_bad_rows, assignments or [])
+        begun = {}
+        preset = preset if preset or config else "auto"
+    trees = _trees(config, model, data, skip_bad_rows, assignments or [])
+    if preset == "auto":
+        preset = auto_preset(build_config(*trees, where="command line").model.path)
+    trees = [preset_tree(preset), *trees] if preset else trees
     run = build_config(begun, *trees, where="command line")
     with closing(ProgressDisplay(run.training.steps_per_report)) as display:
         result = train_adapter(
-            run, adapter_path, resume=resume, observers=[display], on_bytes=on_bytes("Quantizing")
+            run,
+            adapter_path,
+            resume=resume,
+            observers=[display],
+            on_bytes=on_bytes("Quantizing"),
+            on_prefix_bytes=on_bytes("Frozen prefix"),
+            force=force,
         ).finished
     if as_json:
         print_json(asdict(result))
@@ -66,15 +80,13 @@ def train(
 
 
 def _trees(
-    preset: str | None,
     config: Path | None,
     model: str | None,
     data: str | None,
     skip_bad_rows: bool,
     assignments: list[str],
 ) -> list[dict[str, Any]]:
-    trees = [preset_tree(preset)] if preset else []
-    trees += [read_config(config)] if config else []
+    trees = [read_config(config)] if config else []
     trees += [{"model": {"path": model}}] if model else []
     trees += [{"data": {"path": data}}] if data else []
     trees += [{"data": {"skip_bad_rows": True}}] if skip_bad_rows else []

@@ -44,6 +44,20 @@ class LossInputs(NamedTuple):
     """What the frozen layers below the first trained one give; without elements when they are to be run."""
 
 
+def row_layout(model: nn.Module, config: DataConfig, *, may_concatenate: bool, is_banded: bool) -> Layout:
+    """How micro-batches of a model of this size are best laid out, when what it can do is known."""
+    args = getattr(model, "args", None)
+    return Layout(
+        may_concatenate=may_concatenate,
+        # A block has about 12 D² weights, two operations each; a score and its value take 4 D, and
+        # causal attention skips half of them.
+        linear_cost=12.0 * getattr(args, "hidden_size", 0),
+        row_capacity=config.max_seq_length - 1 if config.packing else None,
+        is_banded=is_banded,
+        longest_row=getattr(args, "max_position_embeddings", None),
+    )
+
+
 @dataclass(frozen=True)
 class Objective:
     """The loss of one model, in the least memory its architecture allows.
@@ -87,15 +101,8 @@ class Objective:
                 where="data.packing",
                 run="mlx-qlora train … --set data.packing=false",
             )
-        args = getattr(self.model, "args", None)
-        return Layout(
-            may_concatenate=self.keeps_examples_apart,
-            # A block has about 12 D² weights, two operations each; a score and its value take 4 D, and
-            # causal attention skips half of them.
-            linear_cost=12.0 * getattr(args, "hidden_size", 0),
-            row_capacity=config.max_seq_length - 1 if config.packing else None,
-            is_banded=self.is_blocked,
-            longest_row=getattr(args, "max_position_embeddings", None),
+        return row_layout(
+            self.model, config, may_concatenate=self.keeps_examples_apart, is_banded=self.is_blocked
         )
 
     def prepared(self, batch: Batch) -> LossInputs:

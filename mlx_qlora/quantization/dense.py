@@ -149,8 +149,13 @@ def _blocks(layer: Any) -> list[slice]:
     num_rows = layer["weight"].shape[0]
     if blas_is_fast() and not is_quantized(layer):
         return [slice(0, num_rows)]  # nothing is unpacked or laid out
-    size = max(MIN_BLOCK_ROWS, BLOCK_BYTES // (4 * _input_size(layer)))
+    size = block_rows(_input_size(layer))
     return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
+
+
+def block_rows(input_size: int) -> int:
+    """Rows of a weight with so many columns that are unpacked at a time."""
+    return max(MIN_BLOCK_ROWS, BLOCK_BYTES // (4 * input_size))
 
 
 def _input_size(layer: Any) -> int:

@@ -86,6 +86,12 @@ class Checkpoint:
     optimizer: dict[str, mx.array]
 
 
+def saved_steps(folder: Path) -> list[int]:
+    """The steps a ``checkpoints/`` folder has checkpoints of, oldest first; whole or not."""
+    names = [_NAME.fullmatch(path.name) for path in folder.glob("step-*")]
+    return sorted(int(match.group(1)) for match in names if match)
+
+
 class CheckpointStore:
     """The checkpoints of one run, in one folder.
 
@@ -124,8 +130,7 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """The steps there are checkpoints of, oldest first."""
-        names = [_NAME.fullmatch(path.name) for path in self.folder.glob("step-*")]
-        return sorted(int(match.group(1)) for match in names if match)
+        return saved_steps(self.folder)
 
     def load_newest(self) -> tuple[Checkpoint, list[str]]:
         """The newest checkpoint that is whole, and why newer ones were passed over.

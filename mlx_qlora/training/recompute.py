@@ -88,6 +88,9 @@ def checkpointed(function: Callable[[list[mx.array]], Any], arrays: list[mx.arra
             return [array for _, array in tree_flatten(outputs)] or [outputs]
 
         _, grads = mx.vjp(of_floating, [again[i] for i in floating], wanted)
+        # Without this the gradients of trained parameters wait until all layers are through, and what they
+        # are made of waits with them.
+        grads = mx.depends(grads, grads)
         by_index = dict(zip(floating, grads, strict=True))
         return [by_index.get(i, mx.zeros_like(a)) for i, a in enumerate(primals)]
 

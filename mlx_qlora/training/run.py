@@ -23,11 +23,13 @@ from mlx_qlora.memory.monitor import MemoryMonitor
 from mlx_qlora.objective.loss import objective_for
 from mlx_qlora.quantization.dense import dense_products
 from mlx_qlora.storage import said_clearly, sweep, write_text
-from mlx_qlora.training.checkpoint import CheckpointStore, RunIdentity
+from mlx_qlora.training.checkpoint import CheckpointStore, RunIdentity, saved_steps
 from mlx_qlora.training.events import Observer, RunFinished, RunStarted
 from mlx_qlora.training.guard import stop_on_signals
 from mlx_qlora.training.metrics import METRICS, MetricsLog
 from mlx_qlora.training.optimizer import build_optimizer, warmup_length
+from mlx_qlora.training.planning import RunPlan, admitted
+from mlx_qlora.training.prefix_run import PrefixRun, prefix_run
 from mlx_qlora.training.recompute import recomputed
 from mlx_qlora.training.report import write_report
 from mlx_qlora.training.trainer import Trainer, fan_out
@@ -54,6 +56,8 @@ class _Parts:
     base: BaseModel
     dataset: Dataset
     observers: Sequence[Observer]
+    planned: RunPlan | None
+    on_prefix_bytes: Callable[[int, int], None] | None = None
     monitor: MemoryMonitor = field(default_factory=MemoryMonitor)
 
 
@@ -64,6 +68,8 @@ def train(
     resume: bool = False,
     observers: Iterable[Observer] = (),
     on_bytes: Callable[[int, int], None] | None = None,
+    on_prefix_bytes: Callable[[int, int], None] | None = None,
+    force: bool = False,
 ) -> TrainedRun:
     """Train an adapter and leave it in `adapter_path`, with its metrics, curve and report.
 
@@ -73,17 +79,23 @@ def train(
             that of a run never interrupted.
         observers: Told every event, in order.
         on_bytes: Called with (done, total) while the base is being quantized.
+        on_prefix_bytes: Called with (done, total) while hidden states of frozen layers are being computed
+            (``training.cache_frozen_prefix``); after RunStarted, whose notes say how large they are.
+        force: Go on although the memory plan does not fit. A run that has done steps is never refused.
 
     Raises:
+        MemoryBudgetError: the run cannot fit; the message says what to change.
         MlxQloraError: the model, the data, the checkpoint or the disk is not as it must be.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was saved.
     """
     config, folder = with_absolute_paths(config), Path(adapter_path).resolve()
     _check_folder(folder, resume=resume)
+    is_begun = resume and any(saved_steps(folder / CHECKPOINTS))
+    planned = admitted(config, is_begun=is_begun, force=force)
     base = load_base(config.model, config.quantization, on_bytes=on_bytes)
     dataset = load_dataset(config.data, base.tokenizer, config.training.seed)
     attach(base.model, config.lora, config.training.seed)
-    parts = _Parts(config, folder, base, dataset, tuple(observers))
+    parts = _Parts(config, folder, base, dataset, tuple(observers), planned, on_prefix_bytes)
     with memory_limits(parts.monitor.budget_bytes(config.training.memory_budget_gib)):
         finished = _run(parts, resume=resume)
     return TrainedRun(finished, base, dataset)
@@ -147,7 +159,8 @@ def _run(parts: _Parts, *, resume: bool) -> RunFinished:
         recomputed(layers, enabled=training.gradient_checkpointing),
         dense_products(parts.base.model),
     ):
-        objective = objective_for(parts.base.model.train())
+        prefix = _prefix(parts, identity)
+        objective = prefix.objective
         layout = objective.layout(parts.config.data)
         train_rows, size, accumulation = (
             parts.dataset.train,
@@ -167,7 +180,10 @@ def _run(parts: _Parts, *, resume: bool) -> RunFinished:
             stop=stop,
         )
         notes = _restore(trainer, checkpoints, metrics) if resume and checkpoints.steps() else _begin(parts)
-        emit(_run_started(trainer, parts, notes))
+        planned = [parts.planned.line] if parts.planned else []
+        emit(_run_started(trainer, parts, planned + notes + prefix.notes))
+        resume_command = f"mlx-qlora train --resume --adapter-path {folder}"
+        prefix.fill(on_bytes=parts.on_prefix_bytes, stop=stop, run=resume_command)
         first_tokens = trainer.progress.tokens
         trainer.run()
     parts.base.model.eval()
@@ -175,6 +191,13 @@ def _run(parts: _Parts, *, resume: bool) -> RunFinished:
     emit(finished)
     write_report(folder, parts.config, parts.dataset.report.lines())
     return finished
+
+
+def _prefix(parts: _Parts, identity: RunIdentity) -> PrefixRun:
+    objective = objective_for(parts.base.model.train())
+    if not parts.config.training.cache_frozen_prefix:
+        return PrefixRun(objective)
+    return prefix_run(objective, parts.base, parts.dataset.train, identity.data_fingerprint)
 
 
 def _restore(trainer: Trainer, checkpoints: CheckpointStore, metrics: MetricsLog) -> list[str]:

@@ -44,8 +44,13 @@ class ModelSource:
         return named or (self.folder / "hf_quant_config.json").is_file()  # NVIDIA ModelOpt's
 
 
-def resolve_model(model: str, revision: str | None = None, trust_remote_code: bool = False) -> ModelSource:
+def resolve_model(
+    model: str, revision: str | None = None, trust_remote_code: bool = False, *, needs_weights: bool = True
+) -> ModelSource:
     """The folder of a model, fetched from the hub when `model` is no folder.
+
+    Args:
+        needs_weights: Without them the configuration is enough, and only small files are fetched.
 
     Raises:
         ModelError: not found, not allowed, of an unknown architecture, in need of its own code, or
@@ -63,11 +68,12 @@ def resolve_model(model: str, revision: str | None = None, trust_remote_code: bo
             run="mlx-qlora quantize OWNER/NAME …   # a hub id, or a folder that is there",
         )
     else:
-        folder, name = _from_hub(model, revision, trust_remote_code), model
+        folder, name = _from_hub(model, revision, trust_remote_code, needs_weights), model
     config = _read_config(folder)
     _check_code(config, folder, trust_remote_code)
     _check_architecture(config, folder)
-    _check_weights(folder)
+    if needs_weights:
+        _check_weights(folder)
     return ModelSource(folder, name, revision, config)
 
 
@@ -91,10 +97,12 @@ def _sample(info: TensorInfo) -> bytes:
         return first + file.read(min(_SAMPLE_BYTES, info.num_bytes))
 
 
-def _from_hub(model: str, revision: str | None, trust_remote_code: bool) -> Path:
+def _from_hub(model: str, revision: str | None, trust_remote_code: bool, needs_weights: bool) -> Path:
     from huggingface_hub import errors, snapshot_download
 
-    patterns = [*PATTERNS, "*.py"] if trust_remote_code else PATTERNS
+    patterns = [*PATTERNS, "*.py"] if trust_remote_code else [*PATTERNS]
+    if not needs_weights:
+        patterns = [pattern for pattern in patterns if not pattern.endswith(".safetensors")]
     where = model + (f" (revision {revision})" if revision else "")
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
