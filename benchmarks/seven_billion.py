@@ -69,6 +69,7 @@ def measure(preset: str, model: Path, steps: int, accumulation: int | None) -> d
         data.write_text(f"{row}\n" * 64, encoding="utf-8")
         run = ["--model", str(model), "--data", str(data), "--preset", preset]
         run += ["--set", f"training.max_steps={steps}", "--set", "data.valid_fraction=0"]
+        run += ["--set", f"training.memory_budget_gib={LIMITS_GIB[preset]}"]
         run += ["--set", f"training.gradient_accumulation={accumulation}"] if accumulation else []
         plan = _object(run_limited([*_command("plan"), *run, "--json"], limit_bytes))
         say(f"{preset}: predicted {plan['peak_bytes'] / GIB:.2f} GiB; training …")

@@ -12,6 +12,7 @@ from mlx_qlora.commands.output import Json, gigabytes, print_json
 from mlx_qlora.config import build_config, parse_assignment, read_config
 from mlx_qlora.presets import preset as preset_tree
 
+MOMENTS = {"loss": "the head and loss", "backward": "the backward pass", "update": "the optimizer's update"}
 LABELS = {
     "interpreter": "Python and its libraries",
     "weights": "weights, frozen",
@@ -95,16 +96,24 @@ def _show(planned: Any, changes: list[Any], preset: str | None) -> None:
     console = Console(highlight=False, markup=False)
     console.print(table)
     verdict = "It fits" if plan.fits else "It does not fit"
-    console.print(f"{verdict}: {gigabytes(plan.needed_bytes)} needed of {gigabytes(plan.budget.num_bytes)} "
-                  f"({plan.budget.source}).")  # fmt: skip
+    console.print(
+        f"{verdict}: it needs {gigabytes(plan.needed_bytes)} and may use {gigabytes(plan.budget.num_bytes)} "
+        f"({plan.budget.source}).",
+        soft_wrap=True,
+    )
     batch = planned.batch
     console.print(
-        f"The peak comes in the {plan.phase} of a micro-batch of {batch.rows} x {batch.width} positions."
+        f"The peak comes in {MOMENTS[plan.phase]}, with micro-batches of {batch.rows} x {batch.width} "
+        "positions.",
+        soft_wrap=True,
     )
     if planned.work is not None:
         work = planned.work
-        console.print(f"{work.num_steps} steps, {work.steps_per_epoch} per epoch.")
-        console.print(f"{work.tokens_per_epoch} tokens in {work.num_examples} rows per epoch.")
+        console.print(
+            f"{work.num_steps} steps, {work.steps_per_epoch} per epoch of {work.num_examples} rows with "
+            f"{work.tokens_per_epoch} tokens.",
+            soft_wrap=True,
+        )
     for note in planned.notes:
         console.print(f"  {note}")
     for change in changes:

@@ -15,6 +15,9 @@ import psutil
 
 GIB = 1024**3
 
+SYSTEM_SHARE = 0.9
+"""Of all memory, where no GPU says what it may use: at the limit itself a process is killed, not warned."""
+
 Pressure = Literal["normal", "warning", "critical"]
 
 # Apple's dispatch/source.h (DISPATCH_MEMORYPRESSURE_*); the kernel publishes the same numbers by sysctl.
@@ -89,11 +92,11 @@ class MemoryMonitor:
 
 
 def device_limit_bytes() -> int:
-    """Metal's recommended working set, else the memory this machine or container has."""
+    """Metal's recommended working set, else nine tenths of the memory this machine or container has."""
     limit = gpu_limit_bytes()
     if limit is not None:
         return limit
-    return min([psutil.virtual_memory().total, *_cgroup_limits()])
+    return round(SYSTEM_SHARE * min([psutil.virtual_memory().total, *_cgroup_limits()]))
 
 
 def gpu_limit_bytes() -> int | None:

@@ -166,3 +166,53 @@ def test_wrong_usage_exits_with_two(arguments):
     done = run(*arguments)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
+
+
+def test_a_plan_needs_config_json_alone_and_says_what_helps(tiny_llama_folder, tmp_path):
+    (tmp_path / "config.json").write_text((tiny_llama_folder / "config.json").read_text())
+    done = run("plan", "--model", tmp_path, "--preset", "mac-8gb", "--memory", "8GB", "--json")
+    plan = json.loads(done.stdout)
+    assert {"fits", "peak_bytes", "budget_bytes", "parts"} <= plan.keys()
+    assert plan["fits"]
+    assert sum(plan["parts"].values()) == plan["peak_bytes"]
+    tight = ("--set", "training.memory_budget_gib=0.1", "--set", "training.batch_size=2")
+    told = run("plan", "--model", tmp_path, "--preset", "mac-8gb", *tight)
+    assert told.returncode == 0, told.stderr
+    assert "It does not fit" in told.stdout
+    assert "--set training.batch_size=1 --set training.gradient_accumulation=4" in told.stdout
+
+
+def test_the_rows_of_the_data_count_in_a_plan(tiny_llama_folder, rows):
+    done = run("plan", "--model", tiny_llama_folder, "--data", rows, "--preset", "mac-8gb", "--json")
+    plan = json.loads(done.stdout)
+    assert plan["steps"] > 0
+    assert plan["tokens_per_epoch"] > 100
+    assert plan["micro_batch"]["width"] < 255
+
+
+def test_training_that_cannot_fit_is_refused_with_what_to_change(tiny_llama_folder, rows, tmp_path):
+    done = run(
+        "train", "--model", tiny_llama_folder, "--data", rows, "--adapter-path", tmp_path / "a",
+        "--set", "training.memory_budget_gib=0.1", "--json",
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "may use 0.10 GiB" in done.stderr
+    assert "--force" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--memory", "lots"), "no amount of memory"),
+        (("--model", "/nowhere/at/all"), "no model folder"),
+        ((), "no model"),
+    ],
+)
+def test_a_plan_of_nothing_is_a_clear_error(arguments, said):
+    done = run("plan", *arguments)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr

@@ -212,3 +212,12 @@ def test_pressure_that_cannot_be_read_is_none(mac):
 @on_linux
 def test_off_a_mac_there_is_no_pressure_level():
     assert MemoryMonitor().sample().pressure is None
+
+
+def test_without_a_gpu_that_says_it_a_run_may_take_nine_tenths_of_the_smallest_limit(monkeypatch):
+    monkeypatch.setattr(monitor_module, "gpu_limit_bytes", lambda: None)
+    monkeypatch.setattr(monitor_module, "_cgroup_limits", lambda: [10 * MIB, 20 * MIB])
+    assert MemoryMonitor().budget_bytes(None) == 9 * MIB
+    assert MemoryMonitor().budget_bytes(2.0) == 2 * GIB  # told is told
+    monkeypatch.setattr(monitor_module, "gpu_limit_bytes", lambda: 5 * MIB)
+    assert MemoryMonitor().budget_bytes(None) == 5 * MIB

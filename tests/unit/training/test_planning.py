@@ -12,6 +12,7 @@ from mlx_qlora.errors import ConfigError, Interrupted, MemoryBudgetError, ModelE
 from mlx_qlora.lora.attach import attach
 from mlx_qlora.memory.plan import GIB, MIB
 from mlx_qlora.objective.loss import objective_for
+from mlx_qlora.presets import preset
 from mlx_qlora.training.events import RunStarted, StepDone
 from mlx_qlora.training.model_shape import MicroBatch, planned_model, workload
 from mlx_qlora.training.planning import auto_preset, config_source, plan_run, work_of
@@ -240,3 +241,19 @@ def test_planning_evaluates_no_array_of_the_model(tmp_path):
     model = planned_model(config_source(config), config, [], on_cpu=True)
     assert sum(a.nbytes for _, a in tree_flatten(model.parameters())) > 50_000
     assert mx.get_active_memory() - before < 10_000
+
+
+MISTRAL_7B = {
+    "model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 32000,
+    "rms_norm_eps": 1e-5, "max_position_embeddings": 32768, "rope_theta": 10000.0, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("gigabytes", [8, 16, 32])
+def test_each_preset_trains_a_7b_model_on_its_mac(gigabytes, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**MISTRAL_7B, "torch_dtype": "bfloat16"}))
+    config = build_config(preset(f"mac-{gigabytes}gb"), {"model": {"path": str(tmp_path)}})
+    planned = plan_run(config, memory_bytes=gigabytes * GIB)
+    assert planned.plan.fits, planned.line
+    assert planned.changes() == []
