@@ -42,7 +42,7 @@ def test_the_table_fits_80_columns_and_shows_each_setting_without_colour(monkeyp
     assert rows["batch size"] == ["1", "2", "4"]
     assert rows["accumulation"] == ["2", "2", "1"]
     assert rows["length, tokens"] == ["256", "512", "1024"]
-    assert rows["checkpointing"] == ["yes", "yes", "no"]
+    assert rows["checkpointing"] == ["yes", "yes", "yes"]
     assert rows["rank"] == ["8"] * 3
     assert rows["alpha"] == ["16"] * 3
     assert rows["modules"] == ["q_proj"] * 3

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from mlx_qlora.memory import monitor as monitor_module
-from mlx_qlora.memory.monitor import MemoryMonitor
+from mlx_qlora.memory.monitor import SYSTEM_SHARE, MemoryMonitor
 from mlx_qlora.presets import GIB
 
 MIB = 1024**2
@@ -122,13 +122,13 @@ def test_without_a_given_budget_the_gpu_working_set_is_the_limit(monkeypatch):
 def test_without_gpu_and_container_the_machine_is_the_limit(monkeypatch, limits):
     monkeypatch.setattr(monitor_module.mx.metal, "is_available", lambda: False)
     monkeypatch.setattr(monitor_module, "_cgroup_limits", lambda: limits)
-    assert MemoryMonitor().budget_bytes(None) == psutil.virtual_memory().total
+    assert MemoryMonitor().budget_bytes(None) == round(SYSTEM_SHARE * psutil.virtual_memory().total)
 
 
 def test_a_container_limit_below_the_machine_is_the_limit(monkeypatch):
     monkeypatch.setattr(monitor_module.mx.metal, "is_available", lambda: False)
     monkeypatch.setattr(monitor_module, "_cgroup_limits", lambda: [GIB, 2**62])
-    assert MemoryMonitor().budget_bytes(None) == GIB
+    assert MemoryMonitor().budget_bytes(None) == round(SYSTEM_SHARE * GIB)
 
 
 def cgroup(tmp_path, own: str, **files: str):

@@ -246,7 +246,8 @@ def test_planning_evaluates_no_array_of_the_model(tmp_path):
 MISTRAL_7B = {
     "model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 32000,
-    "rms_norm_eps": 1e-5, "max_position_embeddings": 32768, "rope_theta": 10000.0, "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-5, "max_position_embeddings": 32768, "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
 }  # fmt: skip
 
 
