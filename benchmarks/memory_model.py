@@ -1,6 +1,6 @@
 """The memory plan against measured runs: on runs its constants were fitted to, and on others.
 
-    python benchmarks/memory_model.py                    # measures 56 runs; the last 12 are for testing
+    python benchmarks/memory_model.py                    # measures 58 runs; 12 are for testing
     python benchmarks/memory_model.py --measured runs.json   # the same figures again, without the runs
 
 Each run is `mlx_qlora.training.run.train` on a random model, two updates, in a process of its own, after
@@ -43,7 +43,8 @@ from mlx_qlora.memory.plan import (
 REPOSITORY = Path(__file__).parents[1]
 TOKENIZER = REPOSITORY / "data" / "demo" / "model"
 MIB = 1024**2
-NUM_FIT, NUM_TEST = 44, 12
+NUM_FIT, NUM_TEST, NUM_DEEP = 44, 12, 2
+"""Runs, in this order; the deep ones are for the fit."""
 AIM = 0.01
 """The fit aims so much above what was measured: a run must not be let in that is then killed."""
 STARTS = 12
@@ -87,6 +88,10 @@ def run_tree(index: int) -> dict[str, Any]:
     while 24 * size * length * rows > WORK and length * rows > 128:
         rows, length = (rows // 2, length) if rows > 1 else (1, length // 2)
     targets = one(ATTENTION, ATTENTION, ALL)
+    if index >= NUM_FIT + NUM_TEST:  # deep, and always checkpointed
+        name, hidden, head, heads, mlp, vocabulary = "llama", 1024, 64, 16, 2816, 8_000
+        layers, length, rows, scheme = 24, 512, 1 + index % 2, "int4"
+        is_wide, targets = True, ATTENTION
     if name == "phi3":
         targets = ["qkv_proj"] if targets is ATTENTION else ["qkv_proj", "o_proj", "down_proj"]
     return {
@@ -228,6 +233,11 @@ def predicted(run: dict[str, Any]) -> dict[str, Any]:
     return {**run, **told, "ratio": told["predicted_bytes"] / run["measured_bytes"]}
 
 
+def is_test(run: dict[str, Any]) -> bool:
+    """Whether the constants were fitted without it."""
+    return NUM_FIT <= int(run["index"]) < NUM_FIT + NUM_TEST
+
+
 @dataclass(frozen=True)
 class Sizes:
     """Measured runs as arrays: sizes by constant, in bytes; R runs, C constants."""
@@ -321,16 +331,16 @@ def main(
     if measured_in is not None:
         runs = json.loads(measured_in.read_text())["runs"]
     else:
-        runs = [measured(index) for index in range(NUM_FIT + NUM_TEST)]
+        runs = [measured(index) for index in range(NUM_FIT + NUM_TEST + NUM_DEEP)]
     if with_fit:
-        print(json.dumps(fit([run for run in runs if run["index"] < NUM_FIT]), indent=4))
+        print(json.dumps(fit([run for run in runs if not is_test(run)]), indent=4))
         return
     runs = [predicted(run) for run in runs]
     if as_json:
         print(json.dumps({"runs": runs}))
         return
     for run in runs:
-        kind = "test" if run["index"] >= NUM_FIT else "fit"
+        kind = "test" if is_test(run) else "fit"
         print(
             f"{run['index']:3} {kind:4} {run['tree']['model']['model_type']:8} {run['phase']:8} "
             f"{run['predicted_bytes'] / MIB:7.0f} {run['measured_bytes'] / MIB:7.0f} MiB {run['ratio']:6.3f}"
