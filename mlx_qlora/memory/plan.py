@@ -88,21 +88,21 @@ class Constants:
 
 
 CONSTANTS = Constants(
-    layer_outputs=1.9,
-    layer_inputs=3.13,
-    layer_dropped=0.51,
-    layer_scores=4.09,
-    checkpoint=4.23,
-    work_outputs=2.68,
-    work_scores=0.4,
-    loss_logits=2.46,
-    loss_generic=2.36,
-    loss_head=0.93,
-    loss_unpacked=6.66,
+    layer_outputs=1.24,
+    layer_inputs=2.2,
+    layer_dropped=1.58,
+    layer_scores=5.16,
+    checkpoint=2.29,
+    work_outputs=0.0,
+    work_scores=2.06,
+    loss_logits=2.92,
+    loss_generic=2.28,
+    loss_head=0.92,
+    loss_unpacked=11.39,
     heap=0.0,
-    head_heap=0.17,
-    layer_bytes=2.17 * MIB,
-    interpreter_bytes=150.59 * MIB,
+    head_heap=0.14,
+    layer_bytes=2.77 * MIB,
+    interpreter_bytes=149.35 * MIB,
 )
 """By `python benchmarks/memory_model.py --fit`, on Linux."""
 
