@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mlx_qlora.api import evaluate, generate, load, plan, quantize, stream, train
     from mlx_qlora.config import RunConfig, build_config, read_config
     from mlx_qlora.presets import preset
+    from mlx_qlora.weights.gguf import open_gguf
 
 __version__ = "0.1.0"
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "evaluate",
     "generate",
     "load",
+    "open_gguf",
     "plan",
     "preset",
     "quantize",
@@ -39,6 +41,7 @@ _HOMES = {
     "build_config": "mlx_qlora.config",
     "read_config": "mlx_qlora.config",
     "preset": "mlx_qlora.presets",
+    "open_gguf": "mlx_qlora.weights.gguf",
 }
 
 

@@ -18,9 +18,11 @@ COMMANDS = {
     "presets": "settings for Macs with 8, 16 and 32 GB",
     "plan": "predicted peak memory of a run, from config.json alone",
     "quantize": "turn a 16-bit checkpoint into a quantized one, tensor by tensor",
+    "import-gguf": "make a model folder of a GGUF file; it trains like any other",
     "train": "train an adapter on your data; stops and resumes at any moment",
     "infer": "ask one question",
     "evaluate": "loss, perplexity and exact match of a base model and its adapter",
+    "lab": "the theory of quantization, measured: tables and figures",
 }
 
 

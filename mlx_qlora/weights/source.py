@@ -1,8 +1,11 @@
-"""From a hub id or a path to a folder that holds a model we can read."""
+"""From a hub id or a path, of a folder or of a GGUF file, to a folder that holds a model we can read."""
 
 from __future__ import annotations
 
 import hashlib
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -22,6 +25,7 @@ PATTERNS = [
 """What is fetched from the hub: never pickle, and code only when it is trusted."""
 
 _SAMPLE_BYTES = 4096
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class ModelSource:
 
     folder: Path
     name: str
-    """Hub id, or the absolute folder."""
+    """Hub id or absolute path, of the folder or of the GGUF file it was made from."""
     revision: str | None
     config: dict[str, Any]
     """Its config.json."""
@@ -45,11 +49,20 @@ class ModelSource:
 
 
 def resolve_model(
-    model: str, revision: str | None = None, trust_remote_code: bool = False, *, needs_weights: bool = True
+    model: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    *,
+    needs_weights: bool = True,
+    on_bytes: Callable[[int, int], None] | None = None,
 ) -> ModelSource:
     """The folder of a model, fetched from the hub when `model` is no folder.
 
+    A GGUF file, ``path/to/file.gguf`` or ``OWNER/NAME:file.gguf`` on the hub, is imported into the user's
+    cache the first time, and is a folder like any other from then on.
+
     Args:
+        on_bytes: Called with (bytes read, bytes to read) while a GGUF file is imported.
         needs_weights: Without them the configuration is enough, and only small files are fetched.
 
     Raises:
@@ -60,7 +73,7 @@ def resolve_model(
     if path.is_dir():
         folder, name = path.resolve(), str(path.resolve())
     elif path.suffix == ".gguf":
-        raise ModelError("GGUF files cannot be read yet; give the safetensors model.", where=model)
+        folder, name = _from_gguf(model, revision, on_bytes)
     elif path.is_file() or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise ModelError(
             "There is no model folder here.",
@@ -75,6 +88,25 @@ def resolve_model(
     if needs_weights:
         _check_weights(folder)
     return ModelSource(folder, name, revision, config)
+
+
+def resolve_gguf(model: str, revision: str | None = None) -> tuple[Path, str]:
+    """A GGUF file and its name; it is fetched from the hub when `model` is ``OWNER/NAME:file.gguf``.
+
+    Raises:
+        ModelError: there is no such file.
+    """
+    path = Path(model).expanduser()
+    if path.is_file():
+        return path.resolve(), str(path.resolve())
+    repository, _, file = model.partition(":")
+    if file and _REPOSITORY.fullmatch(repository):
+        return _file_from_hub(repository, file, revision), model
+    raise ModelError(
+        "There is no GGUF file here.",
+        where=model,
+        run="mlx-qlora train --model OWNER/NAME:FILE.gguf …   # one on the hub",
+    )
 
 
 def fingerprint(folder: Path) -> str:
@@ -97,15 +129,52 @@ def _sample(info: TensorInfo) -> bytes:
         return first + file.read(min(_SAMPLE_BYTES, info.num_bytes))
 
 
+def _from_gguf(
+    model: str, revision: str | None, on_bytes: Callable[[int, int], None] | None
+) -> tuple[Path, str]:
+    """The folder in the cache that a GGUF file was imported to, and the model's name."""
+    from mlx_qlora.weights.gguf import import_gguf, is_imported
+    from mlx_qlora.weights.loader import cache_root
+
+    path, name = resolve_gguf(model, revision)
+    state = path.stat()
+    key = repr([name, revision, state.st_size, state.st_mtime_ns])
+    short = hashlib.sha256(key.encode()).hexdigest()[:12]
+    folder = cache_root() / f"{path.stem}-gguf-{short}"
+    if not is_imported(folder):
+        import_gguf(path, folder, on_bytes, name=name, replace_damaged=True)
+    return folder, name
+
+
+def _file_from_hub(repository: str, file: str, revision: str | None) -> Path:
+    from huggingface_hub import errors, hf_hub_download
+
+    where = f"{repository}:{file}" + (f" (revision {revision})" if revision else "")
+    with _hub_errors_said(where, f"hf download {repository} {file}"):
+        try:
+            return Path(hf_hub_download(repository, file, revision=revision))
+        except errors.RemoteEntryNotFoundError:
+            raise ModelError("The model has no such file.", where=where) from None
+
+
 def _from_hub(model: str, revision: str | None, trust_remote_code: bool, needs_weights: bool) -> Path:
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import snapshot_download
 
     patterns = [*PATTERNS, "*.py"] if trust_remote_code else [*PATTERNS]
     if not needs_weights:
         patterns = [pattern for pattern in patterns if not pattern.endswith(".safetensors")]
     where = model + (f" (revision {revision})" if revision else "")
-    try:
+    with _hub_errors_said(where, f"hf download {model}"):
         return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+
+
+@contextmanager
+def _hub_errors_said(where: str, fetch: str) -> Iterator[None]:
+    """Turn what the hub's client raises into a ModelError with the next step to take."""
+    from huggingface_hub import errors
+
+    try:
+        yield
     except errors.GatedRepoError:
         raise ModelError(
             "The model's owner asks for an agreement first: accept it on the model's page, then sign in.",
@@ -129,7 +198,7 @@ def _from_hub(model: str, revision: str | None, trust_remote_code: bool, needs_w
         raise ModelError(
             f"The model is not in the cache and the hub cannot be reached ({type(error).__name__}).",
             where=where,
-            run=f"hf download {model}   # with a connection, and without HF_HUB_OFFLINE",
+            run=f"{fetch}   # with a connection, and without HF_HUB_OFFLINE",
         ) from None
 
 
