@@ -136,6 +136,7 @@ class _Header:
         self.num_strings = 0
 
     def read(self) -> GgufFile:
+        """The whole header."""
         magic = self.take(min(4, self.size), "the magic number")
         if magic != b"GGUF":
             raise _BrokenHeaderError(f"it begins with {magic!r}, not with b'GGUF'; this is no GGUF file")
@@ -163,6 +164,7 @@ class _Header:
         return data
 
     def number(self, dtype: str, what: str) -> Any:
+        """The next number of this NumPy type."""
         return np.frombuffer(self.take(np.dtype(dtype).itemsize, what), dtype)[0].item()
 
     def count(self, width: int, smallest: int, what: str) -> int:
@@ -175,6 +177,7 @@ class _Header:
         return claimed
 
     def text(self, what: str, max_bytes: int | None = None, errors: str = "replace") -> str:
+        """The next length and so many bytes, as UTF-8."""
         length = self.count(8, 1, f"bytes of {what}")
         if max_bytes is not None and length > max_bytes:
             raise _BrokenHeaderError(f"{what} at byte {self.position} has {length} bytes")
@@ -188,6 +191,7 @@ class _Header:
             raise _BrokenHeaderError(f"{what} at byte {at} is no UTF-8") from None
 
     def value(self, kind: int, what: str, depth: int = 0) -> Any:
+        """The next metadata value of this type."""
         if kind in _SCALARS:
             return self.number(_SCALARS[kind], what)
         if kind == _BOOL:
