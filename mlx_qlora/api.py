@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from mlx_qlora.config import QuantizationConfig, RunConfig, build_config
+from mlx_qlora.config import ModelConfig, QuantizationConfig, RunConfig, build_config
 from mlx_qlora.dataset import Example, in_order, render_prompt
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.inference.generate import Sampling, generate_pieces, load_assistant
 from mlx_qlora.memory.plan import parse_memory
 from mlx_qlora.objective.evaluate import Evaluation
 from mlx_qlora.objective.evaluate import evaluate as evaluate_batches
-from mlx_qlora.quantization.schemes import resolve
+from mlx_qlora.quantization.environment import quantization_from_environment
+from mlx_qlora.quantization.policy import recipe_of
+from mlx_qlora.quantization.settings import quantization_from
+from mlx_qlora.quantization.translation import Filter, Translation
 from mlx_qlora.training.display import ProgressDisplay
 from mlx_qlora.training.events import Observer
 from mlx_qlora.training.planning import RunPlan, plan_run, work_of
 from mlx_qlora.training.run import TrainedRun, resumed_config
 from mlx_qlora.training.run import train as train_run
+from mlx_qlora.weights.loader import settled
+from mlx_qlora.weights.plan import skeleton
 from mlx_qlora.weights.source import resolve_model
 from mlx_qlora.weights.stream import QuantizeResult, quantize_checkpoint
 
@@ -31,9 +37,12 @@ def load(
     *,
     adapter_path: str | Path | None = None,
     quantization: str | QuantizationConfig | None = None,
+    quantization_config: Any = None,
+    filter_fn: Filter | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     on_bytes: Progress | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> tuple[Any, Any]:
     """A model and its tokenizer, ready to generate or, with mlx-lm's own functions, for anything else.
 
@@ -41,23 +50,67 @@ def load(
         model: Hub id or folder; None takes the adapter's own.
         adapter_path: Folder of an adapter to attach.
         quantization: A scheme's name (``int4``) or a whole configuration. The quantized model is kept in
-            the user's cache and found again. None: the adapter's own, or the checkpoint as it is.
+            the user's cache and found again. None: the adapter's own; else what USE_QUANTIZATION and
+            QUANTIZATION_BITS say, in the environment or in .env; else the checkpoint as it is.
+        quantization_config: The same in another library's words: a BitsAndBytesConfig, a torchao
+            configuration, or a dictionary of their settings (see `quantization_from`).
+        filter_fn: torchao's, (module, path) → whether it is quantized.
         on_bytes: Called with (done, total) bytes while quantizing.
+        on_note: Called with each line that says what a setting does here; None writes them to standard error.
 
     Raises:
         MlxQloraError: the model or the adapter cannot be used; the message says what to do.
     """
-    stored = QuantizationConfig(scheme=quantization) if isinstance(quantization, str) else quantization
+    translated = _translated(
+        quantization, quantization_config, filter_fn, has_adapter=adapter_path is not None
+    )
+    for note in translated.notes if translated else ():
+        (on_note or _say)(note)
+    stored = None
+    if translated is not None:
+        stored = translated.config
+        if translated.filter_fn is not None:
+            if model is None:
+                raise ConfigError(
+                    "filter_fn is asked about the layers of a model; name it.", run="mq.load(MODEL, …)"
+                )
+            source = resolve_model(model, revision, trust_remote_code)
+            stored = stored if source.is_quantized else translated.for_model(skeleton(source))
     assistant = load_assistant(
         model,
         adapter_path=adapter_path,
         quantization=stored,
+        dtype=translated.dtype if translated else None,
         revision=revision,
         trust_remote_code=trust_remote_code,
         on_bytes=on_bytes,
     )
     assistant.model.system_prompt = assistant.adapter.system_prompt if assistant.adapter else None
     return assistant.model, assistant.tokenizer
+
+
+def _translated(
+    quantization: str | QuantizationConfig | None,
+    settings: Any,
+    filter_fn: Filter | None,
+    *,
+    has_adapter: bool,
+) -> Translation | None:
+    if quantization is not None and settings is not None:
+        raise ConfigError("quantization and quantization_config say the same thing; give one of them.")
+    said = settings if settings is not None else quantization
+    if said is not None:
+        return quantization_from(said, filter_fn=filter_fn)
+    if filter_fn is not None:
+        raise ConfigError(
+            "filter_fn chooses layers for a scheme, and there is none.",
+            run='mq.load(MODEL, quantization="int8", filter_fn=…)',
+        )
+    return None if has_adapter else quantization_from_environment()
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def generate(model: Any, tokenizer: Any, prompt: str, *, system: str | None = None, **sampling: Any) -> str:
@@ -95,10 +148,11 @@ def quantize(
     """Write a quantized copy of a checkpoint, without ever holding the model in memory."""
     config = QuantizationConfig(scheme=quantization) if isinstance(quantization, str) else quantization
     source = resolve_model(model, revision, trust_remote_code)
-    scheme = resolve(config)
-    if scheme is None:
+    asked = ModelConfig(path=model, revision=revision, trust_remote_code=trust_remote_code)
+    recipe = recipe_of(settled(asked, config, on_bytes))
+    if recipe is None:
         raise ConfigError(f"{config.scheme} is no quantization.", run="mlx-qlora quantize --help")
-    return quantize_checkpoint(source, Path(output), scheme, config.skip_modules, on_bytes=on_bytes)
+    return quantize_checkpoint(source, Path(output), recipe, on_bytes=on_bytes)
 
 
 def train(

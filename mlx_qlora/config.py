@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,13 +10,16 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
+    PlainSerializer,
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    model_validator,
 )
 
 from mlx_qlora.errors import ConfigError, listed
@@ -44,8 +48,31 @@ class ModelConfig(Config):
     where MLX computes bfloat16 about eight times slower."""
 
 
+def _pairs(overrides: Any) -> Any:
+    """A mapping as pairs: their order has a meaning, and two mappings are equal in any order."""
+    if not isinstance(overrides, Mapping):
+        return overrides
+    for pattern, name in overrides.items():
+        if not isinstance(name, str | None):
+            raise ValueError(f"{pattern}: {name!r} is no scheme's name, such as int{name}")
+    return tuple((pattern, "none" if name is None else name) for pattern, name in overrides.items())
+
+
+Overrides = Annotated[
+    tuple[tuple[str, str], ...],
+    BeforeValidator(_pairs),
+    PlainSerializer(dict, return_type=dict[str, str], when_used="json"),
+]
+"""Path pattern → name of a scheme; a mapping in YAML, pairs in Python."""
+
+
 class QuantizationConfig(Config):
-    """How the frozen base is stored. A scheme names all of it; bits, group_size and mode change one part."""
+    """How the frozen base is stored. A scheme names all of it; bits, group_size and mode change one part.
+
+    The other keys say which layers get something else. Of those that name a layer, the first here wins:
+    skip_modules, keep_lm_head and keep_embeddings, overrides, what the architecture asks for,
+    sensitive_scheme, scheme.
+    """
 
     scheme: str = "int4"
     """int4, int8, … (see `mlx_qlora.quantization.schemes`); none keeps the checkpoint as it is."""
@@ -61,6 +88,32 @@ class QuantizationConfig(Config):
 
     skip_modules: tuple[str, ...] = ()
     """Names or path patterns of layers that stay unquantized, such as lm_head."""
+
+    overrides: Overrides = ()
+    """Names or path patterns → scheme, with its group size if that is another: {"*.down_proj": int8,
+    "layers.0.*": int6-g32, v_proj: none}. Where two match a layer, the later one wins."""
+
+    keep_lm_head: bool = False
+    """Leave the output head as it is; where it is the token embedding too (tied), that."""
+
+    keep_embeddings: bool = False
+    """Quantize linear layers only, as bitsandbytes and torchao do."""
+
+    sensitive_scheme: str | None = None
+    """Scheme of the layers that are known to suffer most: value and down projections in the first eighth of
+    the blocks, in the last eighth and in every third block between, and the output head."""
+
+    bits_per_weight: PositiveFloat | None = None
+    """Stored bits per weight of the whole model, at most. The scheme of each layer that nothing above names
+    is chosen by its measured error, and the choice is kept as overrides."""
+
+    @model_validator(mode="after")
+    def _one_judge_of_layers(self) -> QuantizationConfig:
+        if self.bits_per_weight is not None and self.sensitive_scheme is not None:
+            raise ValueError(
+                "bits_per_weight measures which layers are sensitive; leave sensitive_scheme out"
+            )
+        return self
 
 
 def _not_zero(count: int) -> int:

@@ -37,7 +37,8 @@ def train(
     Example: mlx-qlora train --model mistralai/Mistral-7B-v0.1 --data data/farense --preset mac-16gb
     --adapter-path adapters/farense
 
-    Later wins: preset, --config, --model and --data, --set. Stop it at any time; the same command with
+    Later wins: preset, USE_QUANTIZATION and QUANTIZATION_BITS in .env, in the environment, --config, --model
+    and --data, --set. Stop it at any time; the same command with
     --resume goes on, and the result is the one of a run that was never stopped.
     """
     from mlx_qlora.training.display import ProgressDisplay
@@ -54,6 +55,7 @@ def train(
     trees = _trees(config, model, data, skip_bad_rows, assignments or [])
     if preset == "auto":
         preset = auto_preset(build_config(*trees, where="command line").model.path)
+    trees = [*_environment(is_begun=bool(begun)), *trees]
     trees = [preset_tree(preset), *trees] if preset else trees
     run = build_config(begun, *trees, where="command line")
     with closing(ProgressDisplay(run.training.steps_per_report)) as display:
@@ -77,6 +79,16 @@ def train(
     say(f"  peak memory {gigabytes(result.peak_memory_bytes)}")
     say(f"  adapter     {result.adapter_path}")
     say(f'Run: python -m mlx_qlora.infer "…" --adapter-path {adapter_path}')
+
+
+def _environment(*, is_begun: bool) -> list[dict[str, Any]]:
+    """What the environment says of a run that begins; one that goes on has its own configuration."""
+    from mlx_qlora.quantization.environment import quantization_from_environment
+
+    found = None if is_begun else quantization_from_environment()
+    for note in found.notes if found else ():
+        say(note)
+    return [{"quantization": {"scheme": found.config.scheme}}] if found else []
 
 
 def _trees(

@@ -101,6 +101,7 @@ def load_assistant(
     *,
     adapter_path: str | Path | None = None,
     quantization: QuantizationConfig | None = None,
+    dtype: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     on_bytes: Callable[[int, int], None] | None = None,
@@ -111,6 +112,7 @@ def load_assistant(
         model: Hub id or folder; None takes the adapter's own.
         adapter_path: Folder of the adapter.
         quantization: How the base is stored; None is the adapter's own, or the checkpoint as it is.
+        dtype: A value of ``model.dtype``; None leaves it to the adapter or to the device.
         on_bytes: Called with (done, total) while the base is being quantized.
 
     Raises:
@@ -120,6 +122,8 @@ def load_assistant(
     if model is None and info is None:
         raise ConfigError("There is no model to ask.", run='mlx-qlora infer "…" --adapter-path adapters/NAME')
     model_config = _model_config(model, revision, info, trust_remote_code=trust_remote_code)
+    if dtype is not None:
+        model_config = model_config.model_copy(update={"dtype": dtype})
     stored = quantization or (info.quantization if info else QuantizationConfig(scheme="none"))
     base = load_base(model_config, stored, on_bytes=on_bytes)
     ensure_chat_template(base.tokenizer, info.chat_template if info else None)

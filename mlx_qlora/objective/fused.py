@@ -23,6 +23,7 @@ from mlx_qlora.quantization.dense import (
     Product,
     backward_product,
     forward_product,
+    is_codebook,
     is_quantized,
     kept_products,
     use_dense_products,
@@ -151,6 +152,8 @@ def _products(layer: nn.Module, hidden: mx.array) -> tuple[Product, Product]:
         is_small = 4 * layer.weight.shape[0] * hidden.shape[-1] <= UNPACKED_HEAD_BYTES
         if blas_is_fast() and is_small:
             return kept_products(layer, hidden)
+        return forward_product(layer), backward_product(layer)
+    if is_codebook(layer):
         return forward_product(layer), backward_product(layer)
     weight = layer.weight
     if not is_quantized(layer):

@@ -19,6 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_qlora.blas import blas_is_fast
+from mlx_qlora.quantization import nf4
 
 MIN_ROWS = 16
 """Fewer rows do not pay for unpacking: generation stays with the quantized product."""
@@ -26,6 +27,8 @@ MIN_ROWS = 16
 
 BLOCK_BYTES = 2 * 1024**2
 """Of a weight as float32: what is unpacked at a time."""
+GPU_BLOCK_BYTES = 32 * 1024**2
+"""The same on a GPU, which is slow at many small things."""
 MIN_BLOCK_ROWS = 512
 """But so many rows at least: each block adds nodes to the graph of a step, and they take memory too."""
 
@@ -68,17 +71,19 @@ class _UnpackedLinear(nn.QuantizedLinear):
 def product(x: mx.array, layer: Any) -> mx.array:
     """x · Wᵀ with the unpacked weight of a quantized layer; W is frozen, x gets a gradient.
 
-    Computed in float32, given back in the type of x.
+    Computed in float32, given back in the type of x; where MLX has no product of its own, so that weights are
+    unpacked on a GPU too, there in the type of x.
     """
+    dtype = x.dtype if is_codebook(layer) and not use_dense_products() else mx.float32
 
     @mx.custom_function
     def forward(x: mx.array) -> mx.array:
-        rows = x.astype(mx.float32)
+        rows = x.astype(dtype)
         return forward_product(layer)(rows).astype(x.dtype)
 
     @forward.vjp
     def backward(x: mx.array, cotangent: mx.array, _output: mx.array) -> mx.array:
-        rows = cotangent.astype(mx.float32)
+        rows = cotangent.astype(dtype)
         return backward_product(layer)(rows).astype(x.dtype)
 
     y: mx.array = forward(x)  # type: ignore[assignment]  # custom_function is typed as object
@@ -100,7 +105,7 @@ def forward_product(layer: Any) -> Product:
 
 def backward_product(layer: Any) -> Product:
     """g → g · W, the gradient of x, unpacking W anew at each call, or not at all where that is cheaper."""
-    if is_quantized(layer) and not blas_is_fast():
+    if is_quantized(layer) and not is_codebook(layer) and not blas_is_fast():
         settings = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
         return lambda g: mx.quantized_matmul(g, *_stored(layer, g.dtype), transpose=False, **settings)
 
@@ -155,7 +160,8 @@ def _blocks(layer: Any) -> list[slice]:
 
 def block_rows(input_size: int) -> int:
     """Rows of a weight with so many columns that are unpacked at a time."""
-    return max(MIN_BLOCK_ROWS, BLOCK_BYTES // (4 * input_size))
+    size = BLOCK_BYTES if use_dense_products() else GPU_BLOCK_BYTES
+    return max(MIN_BLOCK_ROWS, size // (4 * input_size))
 
 
 def _input_size(layer: Any) -> int:
@@ -169,9 +175,17 @@ def is_quantized(layer: nn.Module) -> bool:
     return isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding)
 
 
+def is_codebook(layer: Any) -> bool:
+    """Whether each weight of this layer is one of sixteen values, as in NF4; MLX has no product with such."""
+    return is_quantized(layer) and layer.mode in nf4.MODES
+
+
 def unpacked(layer: Any, after: mx.array, rows: slice = slice(None)) -> mx.array:
     """Rows of the layer's weight, (out, in), not before `after` is there; of its type if it was quantized."""
     # Without this order all layers' weights may be unpacked or laid out at once, ahead of their use.
+    if is_codebook(layer):
+        words, scales = mx.depends([layer["weight"][rows], layer["absmax"][rows]], [after])
+        return nf4.unpack_words(words, nf4.absmax_of(layer, scales, rows), layer.mode, after.dtype)
     (stored,) = mx.depends([layer["weight"][rows]], [after])
     if not is_quantized(layer):
         weight: mx.array = stored

@@ -8,6 +8,9 @@ from difflib import get_close_matches
 from mlx_qlora.config import QuantizationConfig
 from mlx_qlora.errors import ConfigError
 
+NESTED_BLOCK = 256
+"""Scales that share one of their own, where they are quantized too."""
+
 UNQUANTIZED = ("none", "fp16", "bf16", "float16", "bfloat16")
 """Names that keep a checkpoint as it is."""
 
@@ -16,8 +19,10 @@ _POSSIBLE: dict[str, dict[int, tuple[int, ...]]] = {
     "mxfp4": {4: (32,)},
     "mxfp8": {8: (32,)},
     "nvfp4": {4: (16,)},
+    "nf4": {4: (32, 64)},
+    "nf4-dq": {4: (32, 64)},
 }
-"""Mode → bits → group sizes that MLX quantizes and multiplies."""
+"""Mode → bits → group sizes that MLX quantizes and multiplies; of NF4 that we do."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,9 @@ class Scheme:
     """One storage format: groups of `group_size` consecutive input features share their scale.
 
     affine stores w ≈ scale · q + bias, q unsigned; mxfp4, mxfp8 and nvfp4 store small floats and one
-    8-bit scale. Sources: MLX's ``mx.quantize``; OCP Microscaling Formats 1.0.
+    8-bit scale. nf4 stores the nearest of sixteen values and a float32 scale, nf4-dq the scale in 8 bits too:
+    for compatibility with bitsandbytes and for memory, not for accuracy, and mlx-lm reads neither.
+    Sources: MLX's ``mx.quantize``; OCP Microscaling Formats 1.0; `mlx_qlora.quantization.nf4`.
     """
 
     name: str
@@ -33,22 +40,32 @@ class Scheme:
     bits: int
     group_size: int
 
+    @property
+    def is_codebook(self) -> bool:
+        """Whether each weight is one of sixteen values: layers of our own, which mlx-lm does not know."""
+        return self.mode in ("nf4", "nf4-dq")
+
     def config(self) -> dict[str, int | str]:
-        """The keys mlx-lm writes into a quantized model's config.json."""
+        """The keys in a quantized model's config.json, as mlx-lm writes them; it refuses our own modes."""
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
 
     def bits_per_weight(self, scale_bits: int = 16) -> float:
-        """Stored bits per weight of one layer, scales included.
+        """Stored bits per weight of one large layer, scales included.
 
         Args:
-            scale_bits: Width of affine scales and biases; the other modes' scales have 8 bits.
+            scale_bits: Width of affine scales and biases; those of nf4 have 32 bits, all others 8.
         """
-        shared = 2 * scale_bits if self.mode == "affine" else 8
+        shared = {"affine": 2.0 * scale_bits, "nf4": 32.0, "nf4-dq": 8 + 32 / NESTED_BLOCK}.get(
+            self.mode, 8.0
+        )
         return self.bits + shared / self.group_size
 
     def stored_bytes(self, weights: int, scale_bits: int = 16) -> int:
-        """Bytes that so many weights take."""
-        return round(weights * self.bits_per_weight(scale_bits) / 8)
+        """Bytes that so many weights of one layer take."""
+        if self.mode != "nf4-dq":
+            return round(weights * self.bits_per_weight(scale_bits) / 8)
+        blocks = weights // self.group_size
+        return weights // 2 + blocks + 4 * -(-blocks // NESTED_BLOCK) + 4  # and the mean
 
 
 SCHEMES: dict[str, Scheme] = {
@@ -56,6 +73,8 @@ SCHEMES: dict[str, Scheme] = {
     "mxfp4": Scheme("mxfp4", "mxfp4", 4, 32),
     "mxfp8": Scheme("mxfp8", "mxfp8", 8, 32),
     "nvfp4": Scheme("nvfp4", "nvfp4", 4, 16),
+    "nf4": Scheme("nf4", "nf4", 4, 64),
+    "nf4-dq": Scheme("nf4-dq", "nf4-dq", 4, 64),
 }
 
 

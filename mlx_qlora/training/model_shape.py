@@ -19,8 +19,8 @@ from mlx_qlora.objective.fused import UNPACKED_HEAD_BYTES, chunk_length
 from mlx_qlora.objective.head import Head, SplitModel, split
 from mlx_qlora.objective.loss import Objective
 from mlx_qlora.quantization.dense import block_rows, is_quantized
-from mlx_qlora.quantization.policy import decide_all
-from mlx_qlora.quantization.schemes import resolve
+from mlx_qlora.quantization.nf4_layers import SCALES, quantize_layers
+from mlx_qlora.quantization.policy import decide_all, recipe_of, uniform_near
 from mlx_qlora.training.optimizer import build_optimizer
 from mlx_qlora.weights.plan import skeleton
 from mlx_qlora.weights.source import ModelSource
@@ -139,7 +139,7 @@ def planned_model(source: ModelSource, config: RunConfig, notes: list[str], *, o
     may_cast = getattr(model, "cast_predicate", lambda _path: True)
 
     def cast(path: str, array: mx.array) -> mx.array:
-        is_float = mx.issubdtype(array.dtype, mx.floating)
+        is_float = mx.issubdtype(array.dtype, mx.floating) and path.rpartition(".")[2] not in SCALES
         return array.astype(dtype) if is_float and may_cast(path) else array
 
     model.update(tree_map_with_path(cast, model.parameters()))
@@ -157,22 +157,25 @@ def _quantize(model: nn.Module, source: ModelSource, config: RunConfig, notes: l
         if "group_size" not in stored:
             notes.append("the model is quantized by others: 4 bits in groups of 64 are taken for granted")
 
-        def wanted(path: str, module: nn.Module) -> Any:
-            own = stored.get(path, True)
-            size = own["group_size"] if isinstance(own, dict) else settings["group_size"]
-            return own if hasattr(module, "to_quantized") and module.weight.shape[-1] % size == 0 else False
+        def wanted(path: str, module: nn.Module) -> dict[str, Any] | None:
+            own = stored.get(path, settings)  # False keeps the layer
+            return own if own and module.weight.shape[-1] % own["group_size"] == 0 else None
 
-        nn.quantize(model, **settings, class_predicate=wanted)
-    elif (scheme := resolve(config.quantization)) is not None:
-        decisions = decide_all(model, scheme, config.quantization.skip_modules)
+        quantize_layers(model, wanted)
+        return
+    planned = uniform_near(config.quantization)
+    if planned != config.quantization:
+        notes.append(
+            f"{config.quantization.bits_per_weight:g} bits per weight are planned as {planned.scheme}"
+        )
+    if (recipe := recipe_of(planned)) is not None:
+        decisions = decide_all(model, recipe)
 
-        def decided(path: str, _module: nn.Module) -> Any:
+        def decided(path: str, _module: nn.Module) -> dict[str, Any] | None:
             chosen = decisions[path].scheme if path in decisions else None
-            if chosen is None:
-                return False
-            return {"group_size": chosen.group_size, "bits": chosen.bits, "mode": chosen.mode}
+            return chosen.config() if chosen is not None else None
 
-        nn.quantize(model, scheme.group_size, scheme.bits, mode=scheme.mode, class_predicate=decided)
+        quantize_layers(model, decided)
 
 
 def _dtype(source: ModelSource, config: RunConfig, *, on_cpu: bool) -> mx.Dtype:

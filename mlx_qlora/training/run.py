@@ -33,7 +33,7 @@ from mlx_qlora.training.prefix_run import PrefixRun, prefix_run
 from mlx_qlora.training.recompute import recomputed
 from mlx_qlora.training.report import write_report
 from mlx_qlora.training.trainer import Trainer, fan_out
-from mlx_qlora.weights.loader import BaseModel, load_base
+from mlx_qlora.weights.loader import BaseModel, load_base, settled
 
 RUN_FILE, CHECKPOINTS = "run.yaml", "checkpoints"
 
@@ -92,6 +92,9 @@ def train(
     _check_folder(folder, resume=resume)
     is_begun = resume and any(saved_steps(folder / CHECKPOINTS))
     planned = admitted(config, is_begun=is_begun, force=force)
+    config = config.model_copy(
+        update={"quantization": settled(config.model, config.quantization, on_bytes)}
+    )  # so that run.yaml and the adapter name each layer's scheme
     base = load_base(config.model, config.quantization, on_bytes=on_bytes)
     dataset = load_dataset(config.data, base.tokenizer, config.training.seed)
     attach(base.model, config.lora, config.training.seed)

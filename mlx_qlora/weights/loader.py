@@ -14,12 +14,17 @@ import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 
 from mlx_qlora.config import ModelConfig, QuantizationConfig
-from mlx_qlora.errors import ConfigError, ModelError
-from mlx_qlora.quantization.schemes import Scheme, resolve
+from mlx_qlora.errors import ConfigError, MlxQloraError, ModelError
+from mlx_qlora.quantization.nf4_layers import SCALES, NF4Embedding
+from mlx_qlora.quantization.policy import Recipe, recipe_of
+from mlx_qlora.quantization.schemes import Scheme
 from mlx_qlora.storage import read_json
+from mlx_qlora.weights.bitsandbytes import is_bitsandbytes, load_bitsandbytes
+from mlx_qlora.weights.codebook import has_codebooks, load_codebooks
 from mlx_qlora.weights.shards import read_checkpoint
 from mlx_qlora.weights.source import ModelSource, fingerprint, resolve_model
 from mlx_qlora.weights.stream import MANIFEST, OnBytes, quantize_checkpoint
+from mlx_qlora.weights.target import settle
 
 
 @dataclass(frozen=True)
@@ -55,14 +60,16 @@ def load_base(
     """
     if model.path is None:
         raise ConfigError("There is no model.", run="mlx-qlora train --model M …")
-    scheme = resolve(quantization)
+    recipe = recipe_of(settled(model, quantization, on_bytes))
     source = resolve_model(model.path, model.revision, model.trust_remote_code)
     if source.is_quantized:
-        scheme = None
+        recipe = None
     folder, identity = source.folder, source_fingerprint(source.folder)
-    if scheme is not None:
-        folder = cache_folder(source, identity, scheme, quantization.skip_modules)
-        quantize_checkpoint(source, folder, scheme, quantization.skip_modules, on_bytes, replace_damaged=True)
+    if recipe is not None:
+        skip = recipe.skip_modules
+        wanted = recipe.scheme if recipe == Recipe(recipe.scheme, skip) else recipe
+        folder = cache_folder(source, identity, wanted, skip)
+        quantize_checkpoint(source, folder, wanted, skip, on_bytes, replace_damaged=True)
     module, tokenizer, config = _load(folder, model.trust_remote_code)
     dtype = _dtype(model.dtype, module)
     _cast(module, dtype)
@@ -75,11 +82,27 @@ def load_base(
         config,
         source,
         folder,
-        scheme,
+        recipe.scheme if recipe is not None else None,
         identity,
         str(dtype).removeprefix("mlx.core."),
         get_total_parameters(module),
     )
+
+
+def settled(
+    model: ModelConfig, quantization: QuantizationConfig, on_bytes: OnBytes | None = None
+) -> QuantizationConfig:
+    """`quantization` with a scheme for each layer in place of ``bits_per_weight``, measured once.
+
+    Raises:
+        MlxQloraError: the model cannot be found or read, or the target cannot be reached.
+    """
+    if quantization.bits_per_weight is None or model.path is None:
+        return quantization
+    source = resolve_model(model.path, model.revision, model.trust_remote_code)
+    if source.is_quantized:
+        return quantization.model_copy(update={"bits_per_weight": None})
+    return settle(source, quantization, on_bytes=on_bytes, memory=cache_root() / "measured").config
 
 
 def source_fingerprint(folder: Path) -> str:
@@ -92,7 +115,9 @@ def source_fingerprint(folder: Path) -> str:
         return fingerprint(folder)
 
 
-def cache_folder(source: ModelSource, identity: str, scheme: Scheme, skip_modules: tuple[str, ...]) -> Path:
+def cache_folder(
+    source: ModelSource, identity: str, scheme: Recipe | Scheme, skip_modules: tuple[str, ...]
+) -> Path:
     """Where the quantized copy of a model is kept: by name, revision, weights and scheme."""
     key = repr([source.name, source.revision, identity, scheme, sorted(skip_modules)])
     short = hashlib.sha256(key.encode()).hexdigest()[:12]
@@ -110,11 +135,19 @@ def cache_root() -> Path:
 
 
 def _load(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, Any, dict[str, Any]]:
-    from mlx_lm.utils import load_model, load_tokenizer
+    from mlx_lm.utils import load_config, load_model, load_tokenizer
 
     read_checkpoint(folder)  # MLX must not meet a broken file
     try:
-        module, config = load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
+        config = load_config(folder)
+        if has_codebooks(config):
+            module = load_codebooks(ModelSource(folder, str(folder), None, config))
+        elif is_bitsandbytes(config):
+            module = load_bitsandbytes(ModelSource(folder, str(folder), None, config))
+        else:
+            module, config = load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
+    except MlxQloraError:
+        raise
     except Exception as error:  # whatever mlx-lm makes of a configuration it does not expect
         raise ModelError(
             f"mlx-lm cannot load the model: {type(error).__name__}: {error}", where=str(folder)
@@ -133,16 +166,25 @@ def _dtype(wanted: str, module: nn.Module) -> mx.Dtype:
         return mx.float32
     from mlx.utils import tree_flatten
 
-    floats = [a.dtype for _, a in tree_flatten(module.parameters()) if mx.issubdtype(a.dtype, mx.floating)]
+    arrays = [array for path, array in tree_flatten(module.parameters()) if not _is_scale(path)]
+    floats = [array.dtype for array in arrays if mx.issubdtype(array.dtype, mx.floating)]
     return max(set(floats), key=floats.count) if floats else mx.float32
 
 
 def _cast(module: nn.Module, dtype: mx.Dtype) -> None:
-    """Cast floating tensors, scales included, unless the model keeps one in a type of its own."""
+    """Cast floating tensors, scales included but NF4's, unless the model keeps one in a type of its own."""
     may_cast = getattr(module, "cast_predicate", lambda _path: True)
 
     def cast(path: str, array: mx.array) -> mx.array:
         is_float = mx.issubdtype(array.dtype, mx.floating)
-        return array.astype(dtype) if is_float and may_cast(path) else array
+        return array.astype(dtype) if is_float and may_cast(path) and not _is_scale(path) else array
 
     module.update(tree_map_with_path(cast, module.parameters()))
+    for _, layer in module.named_modules():
+        if isinstance(layer, NF4Embedding):
+            layer.dtype = dtype
+
+
+def _is_scale(path: str) -> bool:
+    """Whether this is a parameter of an NF4 layer beside its weight: exact only as it is stored."""
+    return path.rpartition(".")[2] in SCALES

@@ -14,7 +14,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_qlora.errors import ModelError, WeightsError, listed
-from mlx_qlora.quantization.policy import Decision, decide_all
+from mlx_qlora.quantization.nf4_layers import stored_shapes, with_codes
+from mlx_qlora.quantization.policy import Decision, Recipe, decide_all
 from mlx_qlora.quantization.schemes import Scheme
 from mlx_qlora.weights.rows import Provenance, Rows, num_rows
 from mlx_qlora.weights.shards import DTYPE_BYTES, DTYPE_NAMES, TensorInfo, lazy_tensors, read_checkpoint
@@ -57,7 +58,7 @@ class Job:
     """The type it is cast to before anything else."""
     scheme: Scheme | None
     outputs: tuple[Output, ...]
-    """weight, scales and, for affine, biases; or the tensor itself."""
+    """weight, scales and, for affine, biases; weight, absmax and more for NF4; or the tensor itself."""
 
 
 @dataclass(frozen=True)
@@ -92,15 +93,15 @@ class QuantizationPlan:
 
 
 def plan_quantization(
-    source: ModelSource, scheme: Scheme, skip_modules: Sequence[str], shard_bytes: int
+    source: ModelSource, scheme: Recipe | Scheme, skip_modules: Sequence[str], shard_bytes: int
 ) -> QuantizationPlan:
     """Decide everything, reading only headers.
 
     Names and shapes are those of mlx-lm's own model class, its ``sanitize`` applied, so the result is
-    tensor for tensor what mlx-lm's conversion writes.
+    tensor for tensor what mlx-lm's conversion writes, where it knows the format.
 
     Raises:
-        ModelError: the configuration does not build a model.
+        ModelError: the configuration does not build a model, or NF4 has no layer for a part of it.
         WeightsError: tensors are missing, left over, or of another shape than the model's.
     """
     model = skeleton(source)
@@ -111,6 +112,7 @@ def plan_quantization(
         tensors = _sanitized(model, lazy, source)
     _check_tensors(model, tensors, source)
     decisions = decide_all(model, scheme, skip_modules)
+    _check_layers(model, decisions, source)
     cast = _cast(model, source.config)
     jobs = [
         _job(name, array, provenance.rows_of(array), cast(name, array), decisions)
@@ -196,6 +198,27 @@ def _check_tensors(model: nn.Module, tensors: Mapping[str, mx.array], source: Mo
         )
 
 
+def _check_layers(model: nn.Module, decisions: Mapping[str, Decision], source: ModelSource) -> None:
+    """Refuse NF4 where there is no layer of ours for it: the stacked experts of a mixture."""
+    modules = dict(model.named_modules())
+    without = [
+        path
+        for path, decision in decisions.items()
+        if decision.scheme is not None
+        and decision.scheme.is_codebook
+        and with_codes(modules[path], decision.scheme.group_size, decision.scheme.mode) is None
+    ]
+    if without:
+        kind = type(modules[without[0]]).__name__
+        part = without[0].rpartition(".")[0].rpartition(".")[2]
+        raise ModelError(
+            f"NF4 is for linear layers and embeddings; {len(without)} layers here are others ({kind}):\n"
+            f"{listed(without, limit=3)}",
+            where=str(source.folder),
+            run=f"mlx-qlora train --set quantization.overrides={{{part}: int4}} …   # or another --scheme",
+        )
+
+
 def _cast(model: nn.Module, config: dict[str, Any]) -> Callable[[str, mx.array], mx.Dtype]:
     """The type a tensor is stored in; mlx-lm's rule: the configuration's, unless the model objects."""
     name = config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype")
@@ -229,6 +252,9 @@ def _outputs(name: str, shape: tuple[int, ...], dtype: mx.Dtype, scheme: Scheme 
         return (Output(name, DTYPE_NAMES[dtype], shape),)
     *rows, width = shape
     base = name.removesuffix(".weight")
+    if scheme.is_codebook:
+        stored = stored_shapes(num_rows(shape), width, scheme.group_size, scheme.mode)
+        return tuple(Output(f"{base}.{leaf}", DTYPE_NAMES[t], own) for leaf, (own, t) in stored.items())
     packed = Output(name, "U32", (*rows, width * scheme.bits // 32))
     scales_shape = (*rows, width // scheme.group_size)
     if scheme.mode != "affine":
@@ -255,7 +281,7 @@ def _in_shards(jobs: list[Job], shard_bytes: int) -> tuple[tuple[Job, ...], ...]
 
 
 def _config(
-    config: dict[str, Any], model: nn.Module, scheme: Scheme, decisions: dict[str, Decision]
+    config: dict[str, Any], model: nn.Module, scheme: Recipe | Scheme, decisions: dict[str, Decision]
 ) -> dict[str, Any]:
     """The new config.json. mlx-lm's rule: what vision needs goes, unless the model keeps its tower."""
     quantization: dict[str, Any] = dict(scheme.config())

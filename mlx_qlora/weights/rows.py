@@ -67,12 +67,12 @@ class Provenance:
         return _rows_in_files(parts, array.shape) if parts else _rows_in_memory(array)
 
     def _remember(self, array: mx.array, parts: tuple[TensorInfo, ...]) -> None:
-        self._known[id(array)] = _Known(array, _graph(array), parts)
+        self._known[id(array)] = _Known(array, graph_of(array), parts)
 
     def _parts_of(self, array: mx.array) -> tuple[TensorInfo, ...]:
         known = self._known.get(id(array))
         # `a += 1` leaves the same Python object with another graph.
-        return known.parts if known is not None and known.graph == _graph(array) else ()
+        return known.parts if known is not None and known.graph == graph_of(array) else ()
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -112,7 +112,8 @@ def _rows_in_memory(array: mx.array) -> Rows:
     return read
 
 
-def _graph(array: mx.array) -> str:
+def graph_of(array: mx.array) -> str:
+    """What an array would be computed from; another text once it was changed in place."""
     text = io.StringIO()
     mx.export_to_dot(text, array)
     return text.getvalue()

@@ -19,6 +19,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_qlora.errors import ModelError, StorageError
+from mlx_qlora.quantization.nf4 import is_double, quantize_absmax
+from mlx_qlora.quantization.nf4_layers import quantized
+from mlx_qlora.quantization.policy import Recipe
 from mlx_qlora.quantization.schemes import Scheme
 from mlx_qlora.storage import (
     read_json,
@@ -38,6 +41,9 @@ MANIFEST = "mlx_qlora_manifest.json"
 FORMAT_VERSION = 1
 BLOCK_BYTES = 32 * 1024**2
 """Rows are read in blocks of about this many bytes: what bounds memory."""
+
+CODEBOOK_WORK = 8
+"""NF4 takes so much more memory a weight while it is made."""
 
 SHARD_BYTES = 1024**3
 SPARE_BYTES = 64 * 1024**2
@@ -62,14 +68,14 @@ class QuantizeResult:
 def quantize_checkpoint(
     source: ModelSource,
     output: Path,
-    scheme: Scheme,
+    scheme: Recipe | Scheme,
     skip_modules: Sequence[str] = (),
     on_bytes: OnBytes | None = None,
     *,
     shard_bytes: int = SHARD_BYTES,
     replace_damaged: bool = False,
 ) -> QuantizeResult:
-    """Write a quantized copy of `source` to `output`, in mlx-lm's layout.
+    """Write a quantized copy of `source` to `output`, in mlx-lm's layout; NF4, which it has not, in our own.
 
     Killed at any moment, it goes on where it was: finished shards are kept in ``<output>.partial`` and
     believed only when their checksum is right. The folder appears under its own name when it is whole.
@@ -178,15 +184,17 @@ def write_shard(path: Path, jobs: Sequence[Job], on_read: Callable[[int], None])
 def _run(job: Job, file: BinaryIO, offsets: dict[str, int]) -> Iterator[int]:
     """Write a job's outputs block by block; yields the bytes read so far."""
     row_bytes = max(job.num_bytes // max(job.rows, 1), 1)
-    block = max(1, BLOCK_BYTES // row_bytes)
+    is_codebook = job.scheme is not None and job.scheme.is_codebook
+    block = max(1, BLOCK_BYTES // (CODEBOOK_WORK if is_codebook else 1) // row_bytes)
     position = {output.name: offsets[output.name] for output in job.outputs}
+    kept: list[mx.array] = []
     for first in range(0, job.rows, block):
         last = min(first + block, job.rows)
-        x = job.read(first, last).astype(job.dtype)
-        scheme = job.scheme
-        parts = (x,) if scheme is None else mx.quantize(x, scheme.group_size, scheme.bits, mode=scheme.mode)
+        parts = _parts(job.read(first, last).astype(job.dtype), job.scheme)
         mx.eval(parts)
-        for output, part in zip(job.outputs, parts, strict=True):
+        if job.scheme is not None and is_double(job.scheme.mode):
+            parts = (parts[0], *_kept_for_last(kept, parts[1], is_last=last == job.rows))
+        for output, part in zip(job.outputs, parts, strict=False):
             data = raw_bytes(part)
             file.seek(position[output.name])
             file.write(data)
@@ -194,6 +202,25 @@ def _run(job: Job, file: BinaryIO, offsets: dict[str, int]) -> Iterator[int]:
         yield last * row_bytes
     if job.rows == 0:
         yield 0
+
+
+def _parts(x: mx.array, scheme: Scheme | None) -> tuple[mx.array, ...]:
+    """What is stored of some rows; of double quantization the first one only."""
+    if scheme is None:
+        return (x,)
+    if scheme.is_codebook:
+        return tuple(quantized(x, scheme.group_size, scheme.mode.removesuffix("-dq")).values())
+    return tuple(mx.quantize(x, scheme.group_size, scheme.bits, mode=scheme.mode))
+
+
+def _kept_for_last(kept: list[mx.array], absmax: mx.array, *, is_last: bool) -> tuple[mx.array, ...]:
+    """The second quantization needs the mean of all: nothing until the last rows, then all of it."""
+    kept.append(absmax.reshape(-1))
+    if not is_last:
+        return ()
+    double = quantize_absmax(mx.concatenate(kept))
+    mx.eval(double)
+    return double
 
 
 def raw_bytes(array: mx.array) -> bytes:
@@ -237,10 +264,7 @@ def _check_room(plan: QuantizationPlan, partial: Path, manifest: dict[str, Any])
 def _write_small_files(source: ModelSource, plan: QuantizationPlan, partial: Path) -> list[str]:
     """Tokenizer, templates, config.json and index; their names."""
     ours = ("config.json", INDEX)
-    candidates = {path for pattern in _COPIED for path in source.folder.glob(pattern) if path.is_file()}
-    copied = sorted(path for path in candidates if path.name not in (*ours, MANIFEST))
-    for path in copied:
-        write_file(partial / path.name, partial_function(_copy, path))
+    copied = copy_small_files(source.folder, partial)
     from mlx_lm.utils import _encode_tagged_floats
 
     write_json(partial / "config.json", _encode_tagged_floats(plan.config))
@@ -253,6 +277,15 @@ def _write_small_files(source: ModelSource, plan: QuantizationPlan, partial: Pat
     metadata = {"total_size": plan.output_bytes, "total_parameters": plan.num_parameters}
     write_json(partial / INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
     return [*ours, *(path.name for path in copied)]
+
+
+def copy_small_files(folder: Path, output: Path) -> list[Path]:
+    """Copy tokenizer, templates and code of a model, not config.json, index and manifest; the originals."""
+    candidates = {path for pattern in _COPIED for path in folder.glob(pattern) if path.is_file()}
+    copied = sorted(path for path in candidates if path.name not in ("config.json", INDEX, MANIFEST))
+    for path in copied:
+        write_file(output / path.name, partial_function(_copy, path))
+    return copied
 
 
 def _copy(path: Path, file: BinaryIO) -> None:

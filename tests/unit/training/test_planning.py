@@ -158,7 +158,7 @@ def test_the_preset_of_this_size_of_mac_is_chosen_or_a_smaller_one_that_fits_the
     wide = {**_SIZES, **ARCHITECTURES["llama"], **sizes, "num_key_value_heads": 40, "vocab_size": 32000}
     (tmp_path / "config.json").write_text(json.dumps({**wide, "num_hidden_layers": 60}))
     assert auto_preset(str(tmp_path), memory_bytes=16 * GIB) == "mac-8gb"
-    assert auto_preset(str(tmp_path), memory_bytes=32 * GIB) == "mac-16gb"
+    assert auto_preset(str(tmp_path), memory_bytes=32 * GIB) == "mac-32gb"
 
 
 def test_a_model_that_cannot_be_planned_gets_a_preset_by_memory(tmp_path):

@@ -10,8 +10,9 @@ from mlx.utils import tree_flatten
 
 from mlx_qlora.config import ModelConfig, QuantizationConfig
 from mlx_qlora.errors import ConfigError, ModelError, WeightsError
+from mlx_qlora.quantization.policy import Recipe
 from mlx_qlora.quantization.schemes import scheme_named
-from mlx_qlora.weights.loader import cache_folder, cache_root, load_base, source_fingerprint
+from mlx_qlora.weights.loader import cache_folder, cache_root, load_base, settled, source_fingerprint
 from mlx_qlora.weights.source import fingerprint, resolve_model
 from mlx_qlora.weights.stream import MANIFEST, quantize_checkpoint
 from tests.checkpoints import make_checkpoint, save_sharded, tensors_of
@@ -129,6 +130,42 @@ def test_each_scheme_and_each_source_has_a_copy_of_its_own(model, tmp_path):
     assert len(set(folders)) == len(folders)
     assert {folder.parent for folder in folders} == {cache_root()}
     assert cache_folder(source, "a", INT4, ("x", "y")) == cache_folder(source, "a", INT4, ("y", "x"))
+
+
+def test_each_part_of_a_recipe_has_a_copy_of_its_own(model):
+    source = resolve_model(str(model))
+    recipes = [
+        Recipe(INT4),
+        Recipe(INT4, overrides=(("a", INT8), ("b", None))),
+        Recipe(INT4, overrides=(("b", None), ("a", INT8))),
+        Recipe(INT4, keep_lm_head=True),
+        Recipe(INT4, keep_embeddings=True),
+        Recipe(INT4, sensitive_scheme=INT8),
+        Recipe(INT4, keep_sensitive=True),
+    ]
+    assert len({cache_folder(source, "a", recipe, ()) for recipe in recipes}) == len(recipes)
+
+
+def test_a_mixed_recipe_is_loaded_quantized_once_and_found_again(model):
+    keys = {"overrides": {"down_proj": "int8", "v_proj": "none"}}
+    base = load(model, **keys)
+    assert base.model.layers[0].mlp.down_proj.bits == 8
+    assert base.model.layers[0].mlp.up_proj.bits == 4
+    assert not hasattr(base.model.layers[0].self_attn.v_proj, "scales")
+    assert load(model, on_bytes=lambda *_: pytest.fail("quantized again"), **keys).folder == base.folder
+    assert load(model).folder != base.folder
+
+
+def test_a_target_is_measured_once_and_then_a_plain_choice(model):
+    base = load(model, bits_per_weight=6.0)
+    stored = sum(array.nbytes for array in tensors_of(base.folder).values())
+    assert 5 < 8 * stored / base.num_parameters <= 6.0
+    again = load(model, on_bytes=lambda *_: pytest.fail("measured again"), bits_per_weight=6.0)
+    assert again.folder == base.folder
+    config = settled(ModelConfig(path=str(model)), QuantizationConfig(bits_per_weight=6.0))
+    assert load(model, **config.model_dump(exclude={"scheme"})).folder == base.folder
+    target = QuantizationConfig(bits_per_weight=6.0)
+    assert settled(ModelConfig(path=str(base.folder)), target) == QuantizationConfig()
 
 
 def test_a_changed_weight_is_quantized_anew(model):

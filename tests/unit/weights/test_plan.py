@@ -9,6 +9,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_qlora.errors import ModelError, WeightsError
+from mlx_qlora.quantization.policy import Recipe
 from mlx_qlora.quantization.schemes import SCHEMES, scheme_named
 from mlx_qlora.weights.plan import plan_quantization, skeleton
 from mlx_qlora.weights.source import resolve_model
@@ -62,6 +63,8 @@ def outputs(made):
 def test_planned_names_types_shapes_and_bytes_are_those_written(
     architecture, scheme, tmp_path, tiny_llama_folder
 ):
+    if scheme.is_codebook and architecture == "qwen3_moe":  # there are no stacked experts in NF4
+        scheme = Recipe(scheme, overrides=(("switch_mlp", SCHEMES["int4"]),))
     folder = make_checkpoint(tmp_path / "source", architecture, tiny_llama_folder, num_shards=2)
     planned = outputs(made := plan(folder, scheme, shard_bytes=30_000))
     quantize_checkpoint(resolve_model(str(folder)), tmp_path / "out", scheme, shard_bytes=30_000)
