@@ -61,10 +61,12 @@ def test_qlora_needs_less_than_lora_and_lora_less_than_adam(shape):
     assert lora - qlora == stored_bytes(shape, None) - stored_bytes(shape, "int4")
 
 
-def test_activations_grow_with_the_row():
-    short, long = (lora_plan(SEVEN, "int4", MAC, num_tokens=n).parts["activations"] for n in (512, 1024))
+def test_what_a_step_takes_grows_with_the_row():
+    plans = [lora_plan(SEVEN, "int4", MAC, num_tokens=n) for n in (512, 1024)]
+    of_a_step = ("activations", "attention", "loss")
+    short, long = (sum(plan.parts[part] for part in of_a_step) for plan in plans)
     assert short > 0
-    assert long == pytest.approx(2 * short, rel=0.01)
+    assert 1.5 * short < long < 2.5 * short  # the peak may come in another phase
 
 
 def test_longer_rows_and_higher_ranks_take_more():
