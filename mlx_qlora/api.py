@@ -41,6 +41,8 @@ def load(
     filter_fn: Filter | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    offload: bool = False,
+    offload_budget_gib: float | None = None,
     on_bytes: Progress | None = None,
     on_note: Callable[[str], None] | None = None,
 ) -> tuple[Any, Any]:
@@ -55,6 +57,8 @@ def load(
         quantization_config: The same in another library's words: a BitsAndBytesConfig, a torchao
             configuration, or a dictionary of their settings (see `quantization_from`).
         filter_fn: torchao's, (module, path) → whether it is quantized.
+        offload: Leave layers that do not fit in memory in their files, and read each when it is called.
+        offload_budget_gib: What the weights may take of memory then; None: 60 % of what is left.
         on_bytes: Called with (done, total) bytes while quantizing.
         on_note: Called with each line that says what a setting does here; None writes them to standard error.
 
@@ -83,8 +87,12 @@ def load(
         dtype=translated.dtype if translated else None,
         revision=revision,
         trust_remote_code=trust_remote_code,
+        offload=offload,
+        offload_budget_gib=offload_budget_gib,
         on_bytes=on_bytes,
     )
+    for note in assistant.base.notes:
+        (on_note or _say)(note)
     assistant.model.system_prompt = assistant.adapter.system_prompt if assistant.adapter else None
     return assistant.model, assistant.tokenizer
 

@@ -47,6 +47,13 @@ class ModelConfig(Config):
     """Type of activations and 16-bit weights. auto: the checkpoint's own on a GPU; float32 on the CPU,
     where MLX computes bfloat16 about eight times slower."""
 
+    offload: bool = False
+    """Leave decoder layers that do not fit in memory in their files, and read each when it is called: the
+    same numbers, slower."""
+
+    offload_budget_gib: PositiveFloat | None = None
+    """What the weights may take of memory then; None: 60 % of what this device has left."""
+
 
 def _pairs(overrides: Any) -> Any:
     """A mapping as pairs: their order has a meaning, and two mappings are equal in any order."""

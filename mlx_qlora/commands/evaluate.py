@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mlx_qlora.commands.options import Offload, OffloadBudget, stored_as
 from mlx_qlora.commands.output import Json, on_bytes, print_json, say
 from mlx_qlora.errors import DataError
 
@@ -22,6 +23,8 @@ def evaluate(
     exact: Annotated[
         bool, typer.Option("--exact-match", help="Also generate answers and compare them.")
     ] = False,
+    offload: Offload = False,
+    offload_budget_gib: OffloadBudget = None,
     skip_bad_rows: Annotated[
         bool, typer.Option("--skip-bad-rows", help="Go on without unusable rows.")
     ] = False,
@@ -31,15 +34,21 @@ def evaluate(
 
     Example: mlx-qlora evaluate --adapter-path adapters/farense --data data/farense --split test
     """
-    from mlx_qlora.config import DataConfig, QuantizationConfig
+    from mlx_qlora.config import DataConfig
     from mlx_qlora.dataset import in_order, load_dataset
     from mlx_qlora.inference.generate import load_assistant
     from mlx_qlora.objective.evaluate import evaluate as loss_of
 
-    stored = QuantizationConfig(scheme=scheme) if scheme else None
     assistant = load_assistant(
-        model, adapter_path=adapter_path, quantization=stored, on_bytes=on_bytes("Quantizing")
+        model,
+        adapter_path=adapter_path,
+        quantization=stored_as(scheme, has_adapter=adapter_path is not None),
+        offload=offload,
+        offload_budget_gib=offload_budget_gib,
+        on_bytes=on_bytes("Quantizing"),
     )
+    for note in assistant.base.notes:
+        say(note)
     config = DataConfig(
         path=data,
         max_seq_length=max_seq_length,

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from mlx_qlora.commands.options import Offload, OffloadBudget, stored_as
 from mlx_qlora.commands.output import Json, on_bytes, print_json, say
 from mlx_qlora.errors import ConfigError
 
@@ -28,6 +29,8 @@ def infer(
         float, typer.Option(help="Sample among the likeliest tokens of this total probability.")
     ] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    offload: Offload = False,
+    offload_budget_gib: OffloadBudget = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Allow the model folder's own code.")] = False,
     as_json: Json = False,
@@ -36,7 +39,6 @@ def infer(
 
     Example: python -m mlx_qlora.infer "Quem fundou o clube?" --adapter-path adapters/farense
     """
-    from mlx_qlora.config import QuantizationConfig
     from mlx_qlora.inference.generate import Sampling, load_assistant
 
     text = sys.stdin.read().strip() if question == "-" else question
@@ -49,11 +51,15 @@ def infer(
     assistant = load_assistant(
         model,
         adapter_path=adapter_path,
-        quantization=QuantizationConfig(scheme=scheme) if scheme else None,
+        quantization=stored_as(scheme, has_adapter=adapter_path is not None),
         revision=revision,
         trust_remote_code=trust_remote_code,
+        offload=offload,
+        offload_budget_gib=offload_budget_gib,
         on_bytes=on_bytes("Quantizing"),
     )
+    for note in assistant.base.notes:
+        say(note)
     answer = None
     for piece, so_far in assistant.stream(
         [{"role": "user", "content": text}], system=system, sampling=sampling

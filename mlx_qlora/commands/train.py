@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mlx_qlora.commands.options import Offload
 from mlx_qlora.commands.output import Json, gigabytes, on_bytes, print_json, say
 from mlx_qlora.config import build_config, parse_assignment, read_config
 from mlx_qlora.presets import preset as preset_tree
@@ -30,6 +31,7 @@ def train(
     force: Annotated[
         bool, typer.Option("--force", help="Train although the memory plan does not fit.")
     ] = False,
+    offload: Offload = False,
     as_json: Json = False,
 ) -> None:
     """Train an adapter on your data.
@@ -53,6 +55,7 @@ def train(
         begun = {}
         preset = preset if preset or config else "auto"
     trees = _trees(config, model, data, skip_bad_rows, assignments or [])
+    trees += [{"model": {"offload": True}}] if offload else []
     if preset == "auto":
         preset = auto_preset(build_config(*trees, where="command line").model.path)
     trees = [*_environment(is_begun=bool(begun)), *trees]

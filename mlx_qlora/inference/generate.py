@@ -104,6 +104,8 @@ def load_assistant(
     dtype: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    offload: bool = False,
+    offload_budget_gib: float | None = None,
     on_bytes: Callable[[int, int], None] | None = None,
 ) -> Assistant:
     """Load a base model and, when given, the adapter that belongs to it.
@@ -113,6 +115,8 @@ def load_assistant(
         adapter_path: Folder of the adapter.
         quantization: How the base is stored; None is the adapter's own, or the checkpoint as it is.
         dtype: A value of ``model.dtype``; None leaves it to the adapter or to the device.
+        offload: Leave layers that do not fit in memory in their files.
+        offload_budget_gib: What the weights may take of memory then; see ``model.offload_budget_gib``.
         on_bytes: Called with (done, total) while the base is being quantized.
 
     Raises:
@@ -122,8 +126,10 @@ def load_assistant(
     if model is None and info is None:
         raise ConfigError("There is no model to ask.", run='mlx-qlora infer "…" --adapter-path adapters/NAME')
     model_config = _model_config(model, revision, info, trust_remote_code=trust_remote_code)
-    if dtype is not None:
-        model_config = model_config.model_copy(update={"dtype": dtype})
+    update: dict[str, Any] = {"dtype": dtype} if dtype is not None else {}
+    if offload or offload_budget_gib is not None:
+        update |= {"offload": True, "offload_budget_gib": offload_budget_gib}
+    model_config = ModelConfig.model_validate({**model_config.model_dump(), **update})
     stored = quantization or (info.quantization if info else QuantizationConfig(scheme="none"))
     base = load_base(model_config, stored, on_bytes=on_bytes)
     ensure_chat_template(base.tokenizer, info.chat_template if info else None)

@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, D hidden size, N = B · T positions, M labelled posit
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,6 +22,9 @@ from mlx_qlora.objective.fused import CHUNK_BYTES, fused_nll
 from mlx_qlora.objective.head import SplitModel, split
 from mlx_qlora.objective.prefix import StoredPrefix
 from mlx_qlora.objective.segments import RowCache, keeps_examples_apart
+
+Apart = Callable[..., mx.array]
+"""Computes a number and its gradients away from the rest of a step: (head, function, *arrays) → number."""
 
 LABEL_MULTIPLE = 64
 """Labelled positions are padded to a multiple of this: few shapes, so that few graphs are traced."""
@@ -75,6 +78,8 @@ class Objective:
     chunk_bytes: int = CHUNK_BYTES
     prefix: StoredPrefix | None = None
     """Hidden states computed before, for batches that say which examples they hold."""
+    apart: Apart | None = None
+    """How the loss of a training step is computed on its own; None: together with the layers."""
 
     @property
     def notes(self) -> list[str]:
@@ -130,9 +135,16 @@ class Objective:
         with self._given(inputs):
             made = module(inputs.inputs_BT, **self._cache(inputs))
         at_labels = made.reshape(-1, made.shape[-1])[inputs.labelled_M]
+        if self.apart is None or not self.model.training:
+            return self._loss(at_labels, inputs.targets_M, inputs.weights_M)
+        head = nn.Module() if self.parts is None else self.parts.head.module
+        return self.apart(head, self._loss, at_labels, inputs.targets_M, inputs.weights_M)
+
+    def _loss(self, made_MD: mx.array, targets_M: mx.array, weights_M: mx.array) -> mx.array:
+        """Of logits where the model does not come apart, else of what its trunk gives."""
         if self.parts is None:
-            return weighted_nll(at_labels, inputs.targets_M, inputs.weights_M)
-        return fused_nll(at_labels, inputs.targets_M, inputs.weights_M, self.parts.head, self.chunk_bytes)
+            return weighted_nll(made_MD, targets_M, weights_M)
+        return fused_nll(made_MD, targets_M, weights_M, self.parts.head, self.chunk_bytes)
 
     def _stored(self, batch: Batch) -> mx.array:
         if self.prefix is None or not batch.examples:

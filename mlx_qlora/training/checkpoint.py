@@ -34,6 +34,8 @@ _NAME = re.compile(r"step-(\d{7,})")
 # Keys that change what is shown or kept, never what is computed. Paths are covered by fingerprints.
 _FREE_KEYS = (
     "model.path",
+    "model.offload",
+    "model.offload_budget_gib",
     "data.path",
     "training.steps_per_report",
     "training.keep_checkpoints",

@@ -21,6 +21,7 @@ from mlx_qlora.objective.loss import row_layout
 from mlx_qlora.presets import by_size, name_for
 from mlx_qlora.presets import preset as preset_tree
 from mlx_qlora.training.model_shape import MicroBatch, planned_model, planned_objective, workload
+from mlx_qlora.weights.offload_plan import WEIGHTS_SHARE
 from mlx_qlora.weights.plan import skeleton
 from mlx_qlora.weights.source import ModelSource, resolve_model
 
@@ -146,6 +147,9 @@ def plan_run(config: RunConfig, *, memory_bytes: int | None = None, work: Work |
         notes.append("every row is taken to be full: the data was not read")
     numbers = workload(objective, batch, config, on_cpu=on_cpu)
     budget = _budget(config, memory_bytes)
+    if config.model.offload:
+        numbers = _offloaded(numbers, config, budget)
+        notes.append(f"offload: weights take at most {numbers.weights_bytes / GIB:.2f} GiB of memory")
     return RunPlan(plan_memory(numbers, budget), numbers, config, batch, work, tuple(notes), memory_bytes)
 
 
@@ -264,6 +268,14 @@ def _budget(config: RunConfig, memory_bytes: int | None) -> Budget:
     return Budget(MemoryMonitor().budget_bytes(given), source, keeps_buffers=gpu_limit_bytes() is not None)
 
 
+def _offloaded(numbers: Workload, config: RunConfig, budget: Budget) -> Workload:
+    """With some layers in their files: all are recomputed then, and weights keep to their own budget."""
+    given = config.model.offload_budget_gib
+    allowed = round(given * GIB if given is not None else WEIGHTS_SHARE * budget.num_bytes)
+    step = replace(numbers.step, is_checkpointed=True)
+    return replace(numbers, weights_bytes=min(numbers.weights_bytes, allowed), step=step)
+
+
 def _candidates(run: RunPlan) -> Iterator[tuple[tuple[str, ...], str]]:
     """Changes in order of least harm: the same updates, the same at more time, less data, less adapter."""
     training, lora, size = run.config.training, run.config.lora, run.config.training.batch_size
@@ -288,6 +300,8 @@ def _candidates(run: RunPlan) -> Iterator[tuple[tuple[str, ...], str]]:
     while rank > 4:
         rank //= 2
         yield (f"lora.rank={rank}",), "a smaller adapter"
+    if not run.config.model.offload:
+        yield ("model.offload=true",), "layers are read from their files each time: the same numbers, slower"
 
 
 def _truncated(work: Work | None, length: int) -> str:

@@ -6,7 +6,8 @@ import hashlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -27,6 +28,7 @@ from mlx_qlora.training.checkpoint import CheckpointStore, RunIdentity, saved_st
 from mlx_qlora.training.events import Observer, RunFinished, RunStarted
 from mlx_qlora.training.guard import stop_on_signals
 from mlx_qlora.training.metrics import METRICS, MetricsLog
+from mlx_qlora.training.offload_gradient import PiecewiseGradient, offloaded_gradients
 from mlx_qlora.training.optimizer import build_optimizer, warmup_length
 from mlx_qlora.training.planning import RunPlan, admitted
 from mlx_qlora.training.prefix_run import PrefixRun, prefix_run
@@ -157,13 +159,15 @@ def _run(parts: _Parts, *, resume: bool) -> RunFinished:
     metrics = MetricsLog(folder / METRICS)
     emit = fan_out([metrics, *parts.observers])
     layers = list(parts.base.model.layers)
+    is_recomputed = training.gradient_checkpointing and parts.base.offload is None
     with (
         stop_on_signals() as stop,
-        recomputed(layers, enabled=training.gradient_checkpointing),
+        _offloaded_gradients(parts.base) as gradient,
+        recomputed(layers, enabled=is_recomputed),
         dense_products(parts.base.model),
     ):
         prefix = _prefix(parts, identity)
-        objective = prefix.objective
+        objective = replace(prefix.objective, apart=gradient.loss) if gradient else prefix.objective
         layout = objective.layout(parts.config.data)
         train_rows, size, accumulation = (
             parts.dataset.train,
@@ -184,7 +188,7 @@ def _run(parts: _Parts, *, resume: bool) -> RunFinished:
         )
         notes = _restore(trainer, checkpoints, metrics) if resume and checkpoints.steps() else _begin(parts)
         planned = [parts.planned.line] if parts.planned else []
-        emit(_run_started(trainer, parts, planned + notes + prefix.notes))
+        emit(_run_started(trainer, parts, [*planned, *notes, *parts.base.notes, *prefix.notes]))
         resume_command = f"mlx-qlora train --resume --adapter-path {folder}"
         prefix.fill(on_bytes=parts.on_prefix_bytes, stop=stop, run=resume_command)
         first_tokens = trainer.progress.tokens
@@ -194,6 +198,10 @@ def _run(parts: _Parts, *, resume: bool) -> RunFinished:
     emit(finished)
     write_report(folder, parts.config, parts.dataset.report.lines())
     return finished
+
+
+def _offloaded_gradients(base: BaseModel) -> AbstractContextManager[PiecewiseGradient | None]:
+    return offloaded_gradients(base.offload) if base.offload is not None else nullcontext()
 
 
 def _prefix(parts: _Parts, identity: RunIdentity) -> PrefixRun:

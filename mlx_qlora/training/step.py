@@ -48,6 +48,7 @@ class TrainStep:
         optimizer.init(self.model.trainable_parameters())
         self._has_dropout = any(layer.dropout > 0 for layer in self._lora)
         compiled = config.compile if config.compile is not None else mx.default_device() != mx.cpu
+        compiled = compiled and objective.apart is None  # what is computed apart is evaluated on the way
         nll_and_grad = mx.value_and_grad(self._nll)
         self._graph = mx.compile(nll_and_grad, inputs=[self.model.state]) if compiled else nll_and_grad
 

@@ -21,6 +21,8 @@ from mlx_qlora.quantization.schemes import Scheme
 from mlx_qlora.storage import read_json
 from mlx_qlora.weights.bitsandbytes import is_bitsandbytes, load_bitsandbytes
 from mlx_qlora.weights.codebook import has_codebooks, load_codebooks
+from mlx_qlora.weights.offload import Offload, start_offload
+from mlx_qlora.weights.offload_plan import plan_offload, weights_budget_bytes
 from mlx_qlora.weights.shards import read_checkpoint
 from mlx_qlora.weights.source import ModelSource, fingerprint, resolve_model
 from mlx_qlora.weights.stream import MANIFEST, OnBytes, quantize_checkpoint
@@ -46,6 +48,10 @@ class BaseModel:
     dtype: str
     """Type of activations."""
     num_parameters: int
+    offload: Offload | None = None
+    """The layers that stay in their files, when ``model.offload`` is on and there are such."""
+    notes: tuple[str, ...] = ()
+    """What a person should know about how it was loaded."""
 
 
 def load_base(
@@ -73,7 +79,9 @@ def load_base(
     module, tokenizer, config = _load(folder, model.trust_remote_code)
     dtype = _dtype(model.dtype, module)
     _cast(module, dtype)
-    mx.eval(module.parameters())
+    offload, notes = _offload(module, folder, model) if model.offload else (None, ())
+    if offload is None:
+        mx.eval(module.parameters())
     from mlx_lm.utils import get_total_parameters
 
     return BaseModel(
@@ -86,7 +94,14 @@ def load_base(
         identity,
         str(dtype).removeprefix("mlx.core."),
         get_total_parameters(module),
+        offload,
+        notes,
     )
+
+
+def _offload(module: nn.Module, folder: Path, model: ModelConfig) -> tuple[Offload | None, tuple[str, ...]]:
+    plan = plan_offload(module, folder, weights_budget_bytes(model.offload_budget_gib))
+    return (start_offload(module, plan) if plan.streamed else None), (plan.note,)
 
 
 def settled(
