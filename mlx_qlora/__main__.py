@@ -19,6 +19,7 @@ COMMANDS = {
     "plan": "predicted peak memory of a run, from config.json alone",
     "quantize": "turn a 16-bit checkpoint into a quantized one, tensor by tensor",
     "import-gguf": "make a model folder of a GGUF file; it trains like any other",
+    "export-bitsandbytes": "write an NF4 model as transformers and bitsandbytes read it",
     "train": "train an adapter on your data; stops and resumes at any moment",
     "infer": "ask one question",
     "evaluate": "loss, perplexity and exact match of a base model and its adapter",

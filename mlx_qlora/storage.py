@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -145,3 +146,12 @@ def _replace_folder(new: Path, path: Path) -> None:
     if path.exists():
         remove_folder(path)
     new.rename(path)
+
+
+def cache_root() -> Path:
+    """``$MLX_QLORA_CACHE``, or the platform's folder for things that can be made again."""
+    if explicit := os.environ.get("MLX_QLORA_CACHE"):
+        return Path(explicit)
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "mlx_qlora"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_qlora"

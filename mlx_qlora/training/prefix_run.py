@@ -15,9 +15,10 @@ import mlx.core as mx
 from mlx_qlora.dataset.records import Example
 from mlx_qlora.objective.loss import Objective
 from mlx_qlora.objective.prefix import FrozenPrefix, NoPrefix, StoredPrefix, frozen_prefix
+from mlx_qlora.storage import cache_root
 from mlx_qlora.training.guard import StopRequest
 from mlx_qlora.training.prefix_cache import OnBytes, PrefixCache, size_text
-from mlx_qlora.weights.loader import BaseModel, cache_root
+from mlx_qlora.weights.loader import BaseModel
 from mlx_qlora.weights.source import fingerprint
 
 FORMAT_VERSION = 1

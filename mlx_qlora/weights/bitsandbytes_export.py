@@ -17,10 +17,11 @@ from mlx_qlora.quantization.schemes import NESTED_BLOCK
 from mlx_qlora.storage import new_folder, write_json, write_tensors
 from mlx_qlora.weights.bitsandbytes import FLOATS, STATE
 from mlx_qlora.weights.codebook import has_codebooks
+from mlx_qlora.weights.output_folder import copy_small_files
 from mlx_qlora.weights.plan import skeleton
 from mlx_qlora.weights.shards import INDEX, lazy_tensors, read_checkpoint
 from mlx_qlora.weights.source import ModelSource
-from mlx_qlora.weights.stream import SHARD_BYTES, copy_small_files
+from mlx_qlora.weights.stream import SHARD_BYTES
 
 Tensors = dict[str, mx.array]
 

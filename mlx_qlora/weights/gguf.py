@@ -25,19 +25,11 @@ from mlx_qlora.weights.gguf_file import GgufFile, read_gguf
 from mlx_qlora.weights.gguf_model import Target, map_tensors
 from mlx_qlora.weights.gguf_tensors import GROUP_SIZE, can_dequantize, dequantize
 from mlx_qlora.weights.gguf_tokenizer import write_tokenizer
+from mlx_qlora.weights.output_folder import MANIFEST, is_finished, locked, make_way
 from mlx_qlora.weights.plan import skeleton
 from mlx_qlora.weights.shards import INDEX
 from mlx_qlora.weights.source import ModelSource
-from mlx_qlora.weights.stream import (
-    FORMAT_VERSION,
-    MANIFEST,
-    SHARD_BYTES,
-    SPARE_BYTES,
-    OnBytes,
-    _is_finished,
-    _locked,
-    _make_way,
-)
+from mlx_qlora.weights.stream import FORMAT_VERSION, SHARD_BYTES, SPARE_BYTES, OnBytes
 
 
 @dataclass(frozen=True)
@@ -115,7 +107,7 @@ def open_gguf(path: str | Path) -> OpenGguf:
 def is_imported(folder: Path) -> bool:
     """Whether an import into `folder` was finished and its files are all there."""
     try:
-        return _is_finished(folder, str(read_json(folder / MANIFEST)["plan"]))
+        return is_finished(folder, str(read_json(folder / MANIFEST)["plan"]))
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -149,11 +141,11 @@ def import_gguf(
     source = ModelSource(path.parent, name or str(path.resolve()), None, config_of(file))
     targets = map_tensors(file, skeleton(source), source.config)
     plan = _Plan(file, source, targets, shard_bytes, file.fingerprint())
-    with _locked(output):
-        if _is_finished(output, plan.digest):
+    with locked(output):
+        if is_finished(output, plan.digest):
             plan = plan.widened(read_json(output / MANIFEST).get("float32_scales", []))
         else:
-            _make_way(output, replace_damaged)
+            make_way(output, replace_damaged)
             plan = _write_somehow(plan, output, on_bytes)
     return GgufImport(
         path=output,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +16,15 @@ from mlx_qlora.errors import ConfigError, MlxQloraError, ModelError
 from mlx_qlora.quantization.nf4_layers import SCALES, NF4Embedding
 from mlx_qlora.quantization.policy import Recipe, recipe_of
 from mlx_qlora.quantization.schemes import Scheme
-from mlx_qlora.storage import read_json
+from mlx_qlora.storage import cache_root, read_json
 from mlx_qlora.weights.bitsandbytes import is_bitsandbytes, load_bitsandbytes
 from mlx_qlora.weights.codebook import has_codebooks, load_codebooks
 from mlx_qlora.weights.offload import Offload, start_offload
 from mlx_qlora.weights.offload_plan import plan_offload, weights_budget_bytes
+from mlx_qlora.weights.output_folder import MANIFEST
 from mlx_qlora.weights.shards import read_checkpoint
 from mlx_qlora.weights.source import ModelSource, fingerprint, resolve_model
-from mlx_qlora.weights.stream import MANIFEST, OnBytes, quantize_checkpoint
+from mlx_qlora.weights.stream import OnBytes, quantize_checkpoint
 from mlx_qlora.weights.target import settle
 
 
@@ -67,7 +66,7 @@ def load_base(
     if model.path is None:
         raise ConfigError("There is no model.", run="mlx-qlora train --model M …")
     recipe = recipe_of(settled(model, quantization, on_bytes))
-    source = resolve_model(model.path, model.revision, model.trust_remote_code)
+    source = resolve_model(model.path, model.revision, model.trust_remote_code, on_bytes=on_bytes)
     if source.is_quantized:
         recipe = None
     folder, identity = source.folder, source_fingerprint(source.folder)
@@ -114,7 +113,7 @@ def settled(
     """
     if quantization.bits_per_weight is None or model.path is None:
         return quantization
-    source = resolve_model(model.path, model.revision, model.trust_remote_code)
+    source = resolve_model(model.path, model.revision, model.trust_remote_code, on_bytes=on_bytes)
     if source.is_quantized:
         return quantization.model_copy(update={"bits_per_weight": None})
     return settle(source, quantization, on_bytes=on_bytes, memory=cache_root() / "measured").config
@@ -138,15 +137,6 @@ def cache_folder(
     short = hashlib.sha256(key.encode()).hexdigest()[:12]
     name = source.name.rsplit("/", 1)[-1] if Path(source.name).is_absolute() else source.name
     return cache_root() / f"{name.replace('/', '--')}-{scheme.name}-g{scheme.group_size}-{short}"
-
-
-def cache_root() -> Path:
-    """``$MLX_QLORA_CACHE``, or the platform's folder for things that can be made again."""
-    if explicit := os.environ.get("MLX_QLORA_CACHE"):
-        return Path(explicit)
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "mlx_qlora"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_qlora"
 
 
 def _load(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, Any, dict[str, Any]]:

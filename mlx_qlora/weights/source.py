@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_qlora.errors import ModelError
+from mlx_qlora.storage import cache_root
 from mlx_qlora.weights.shards import TensorInfo, read_checkpoint
 
 PATTERNS = [
@@ -134,7 +135,6 @@ def _from_gguf(
 ) -> tuple[Path, str]:
     """The folder in the cache that a GGUF file was imported to, and the model's name."""
     from mlx_qlora.weights.gguf import import_gguf, is_imported
-    from mlx_qlora.weights.loader import cache_root
 
     path, name = resolve_gguf(model, revision)
     state = path.stat()

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial as partial_function
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import mlx.core as mx
 import numpy as np
@@ -25,19 +23,17 @@ from mlx_qlora.quantization.policy import Recipe
 from mlx_qlora.quantization.schemes import Scheme
 from mlx_qlora.storage import (
     read_json,
-    remove_folder,
     said_clearly,
     sha256_of,
     sweep,
     sync_folder,
-    write_file,
     write_json,
 )
+from mlx_qlora.weights.output_folder import MANIFEST, copy_small_files, is_finished, locked, make_way
 from mlx_qlora.weights.plan import Job, QuantizationPlan, SkippedLayer, plan_quantization
 from mlx_qlora.weights.shards import INDEX
 from mlx_qlora.weights.source import ModelSource, fingerprint
 
-MANIFEST = "mlx_qlora_manifest.json"
 FORMAT_VERSION = 1
 BLOCK_BYTES = 32 * 1024**2
 """Rows are read in blocks of about this many bytes: what bounds memory."""
@@ -47,7 +43,6 @@ CODEBOOK_WORK = 8
 
 SHARD_BYTES = 1024**3
 SPARE_BYTES = 64 * 1024**2
-_COPIED = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken", "*.py")
 
 OnBytes = Callable[[int, int], None]
 
@@ -100,9 +95,9 @@ def quantize_checkpoint(
     identity = fingerprint(source.folder)
     plan = plan_quantization(source, scheme, skip_modules, shard_bytes)
     digest = plan.digest(identity)
-    with _locked(output):
-        if not _is_finished(output, digest):
-            _make_way(output, replace_damaged)
+    with locked(output):
+        if not is_finished(output, digest):
+            make_way(output, replace_damaged)
             manifest = {"plan": digest, "source_fingerprint": identity, "skip_modules": list(skip_modules)}
             _write(source, plan, output, manifest, on_bytes)
     return QuantizeResult(
@@ -277,67 +272,6 @@ def _write_small_files(source: ModelSource, plan: QuantizationPlan, partial: Pat
     metadata = {"total_size": plan.output_bytes, "total_parameters": plan.num_parameters}
     write_json(partial / INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
     return [*ours, *(path.name for path in copied)]
-
-
-def copy_small_files(folder: Path, output: Path) -> list[Path]:
-    """Copy tokenizer, templates and code of a model, not config.json, index and manifest; the originals."""
-    candidates = {path for pattern in _COPIED for path in folder.glob(pattern) if path.is_file()}
-    copied = sorted(path for path in candidates if path.name not in ("config.json", INDEX, MANIFEST))
-    for path in copied:
-        write_file(output / path.name, partial_function(_copy, path))
-    return copied
-
-
-def _copy(path: Path, file: BinaryIO) -> None:
-    with path.open("rb") as original:
-        shutil.copyfileobj(original, file)
-
-
-def _is_finished(output: Path, digest: str) -> bool:
-    """Whether this very plan was carried out here, every file is there and every shard has its size."""
-    try:
-        manifest = read_json(output / MANIFEST)
-        is_whole = all((output / n).stat().st_size == e["bytes"] for n, e in manifest["shards"].items())
-        is_whole = is_whole and all((output / name).is_file() for name in manifest["files"])
-        return manifest["plan"] == digest and manifest["finished"] is True and is_whole
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-
-
-def _make_way(output: Path, replace_damaged: bool) -> None:
-    if replace_damaged:
-        remove_folder(output)
-    elif output.exists():
-        raise StorageError(
-            "There is something else here already, or a damaged copy; nothing was touched.",
-            where=str(output),
-            run="choose another --output, or remove this one",
-        )
-
-
-@contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    """Only one process writes an output; a second one waits, and then finds it finished."""
-    with said_clearly(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        lock = output.with_name(f".{output.name}.lock")
-        file = _lock_file(lock)
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
-            file.close()
-
-
-def _lock_file(lock: Path) -> IO[str]:
-    """The locked file that has the name now: one waited for may have been removed by who held it."""
-    while True:
-        file = lock.open("w")
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
-                return file
-        file.close()
 
 
 def _tell(on_bytes: OnBytes | None, plan: QuantizationPlan, before: int, read: int) -> None:

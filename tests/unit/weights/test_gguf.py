@@ -21,10 +21,10 @@ from mlx_qlora.weights.gguf_file import read_gguf
 from mlx_qlora.weights.gguf_model import map_tensors
 from mlx_qlora.weights.gguf_tensors import AFFINE
 from mlx_qlora.weights.loader import load_base
+from mlx_qlora.weights.output_folder import MANIFEST
 from mlx_qlora.weights.plan import skeleton
 from mlx_qlora.weights.shards import read_checkpoint
 from mlx_qlora.weights.source import ModelSource, resolve_model
-from mlx_qlora.weights.stream import MANIFEST
 from tests.gguf_files import (
     BLOCK_TYPES,
     KINDS,

@@ -12,9 +12,11 @@ from mlx_qlora.config import ModelConfig, QuantizationConfig
 from mlx_qlora.errors import ConfigError, ModelError, WeightsError
 from mlx_qlora.quantization.policy import Recipe
 from mlx_qlora.quantization.schemes import scheme_named
-from mlx_qlora.weights.loader import cache_folder, cache_root, load_base, settled, source_fingerprint
+from mlx_qlora.storage import cache_root
+from mlx_qlora.weights.loader import cache_folder, load_base, settled, source_fingerprint
+from mlx_qlora.weights.output_folder import MANIFEST
 from mlx_qlora.weights.source import fingerprint, resolve_model
-from mlx_qlora.weights.stream import MANIFEST, quantize_checkpoint
+from mlx_qlora.weights.stream import quantize_checkpoint
 from tests.checkpoints import make_checkpoint, save_sharded, tensors_of
 
 INT4, INT8 = scheme_named("int4"), scheme_named("int8")

@@ -14,10 +14,11 @@ import pytest
 from mlx_qlora.errors import ModelError, StorageError, WeightsError
 from mlx_qlora.quantization.schemes import scheme_named
 from mlx_qlora.storage import sha256_of
-from mlx_qlora.weights import stream
+from mlx_qlora.weights import output_folder, stream
+from mlx_qlora.weights.output_folder import MANIFEST
 from mlx_qlora.weights.shards import read_checkpoint
 from mlx_qlora.weights.source import fingerprint, resolve_model
-from mlx_qlora.weights.stream import MANIFEST, quantize_checkpoint, raw_bytes
+from mlx_qlora.weights.stream import quantize_checkpoint, raw_bytes
 from tests.checkpoints import make_checkpoint, save_sharded, tensors_of
 
 INT4, INT8 = scheme_named("int4"), scheme_named("int8")
@@ -219,10 +220,10 @@ def test_no_lock_is_left_behind(source, tmp_path, share):
 def test_a_lock_whose_file_was_removed_is_not_believed(tmp_path):
     lock = tmp_path / "lock"
     locked, done = [], threading.Event()
-    first = stream._lock_file(lock)
+    first = output_folder._lock_file(lock)
 
     def wait():
-        locked.append(stream._lock_file(lock))
+        locked.append(output_folder._lock_file(lock))
         done.set()
 
     waiting = threading.Thread(target=wait)
