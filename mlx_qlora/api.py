@@ -8,9 +8,10 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from mlx_qlora.config import ModelConfig, QuantizationConfig, RunConfig, build_config
+from mlx_qlora.config import DataConfig, ModelConfig, QuantizationConfig, RunConfig, build_config
 from mlx_qlora.dataset import Example, in_order, render_prompt
 from mlx_qlora.errors import ConfigError
+from mlx_qlora.inference.calibration import settle_by_answers
 from mlx_qlora.inference.generate import Sampling, generate_pieces, load_assistant
 from mlx_qlora.memory.plan import parse_memory
 from mlx_qlora.objective.evaluate import Evaluation
@@ -149,14 +150,23 @@ def quantize(
     output: str | Path,
     quantization: str | QuantizationConfig = "int4",
     *,
+    calibration: str | Path | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     on_bytes: Progress | None = None,
 ) -> QuantizeResult:
-    """Write a quantized copy of a checkpoint, without ever holding the model in memory."""
+    """Write a quantized copy of a checkpoint, without ever holding the model in memory.
+
+    Args:
+        calibration: Rows by which ``bits_per_weight`` judges layers: by what becomes of the model's answers,
+            which takes the model in memory and chooses better. None judges them by their weights' error.
+    """
     config = QuantizationConfig(scheme=quantization) if isinstance(quantization, str) else quantization
     source = resolve_model(model, revision, trust_remote_code)
     asked = ModelConfig(path=model, revision=revision, trust_remote_code=trust_remote_code)
+    if calibration is not None:
+        rows = DataConfig(path=str(calibration), valid_fraction=0.0)
+        config = settle_by_answers(asked, config, rows, on_bytes=on_bytes).config
     recipe = recipe_of(settled(asked, config, on_bytes))
     if recipe is None:
         raise ConfigError(f"{config.scheme} is no quantization.", run="mlx-qlora quantize --help")

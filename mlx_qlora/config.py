@@ -150,6 +150,23 @@ class LoraConfig(Config):
     bias: Literal["none"] = "none"
     """Biases are never trained."""
 
+    variant: Literal["lora", "rslora", "dora"] = "lora"
+    """rslora: the scale is alpha / √rank, so that a higher rank does not learn more slowly (Kalajdzievski
+    2023, arXiv:2312.03732). dora: each row of the weight has a trained length beside its direction (Liu et
+    al. 2024, arXiv:2402.09353)."""
+
+    init: Literal["default", "pissa", "loftq"] = "default"
+    """How A and B begin. pissa: along the principal directions of the weight, with what they begin with taken
+    off again, so that the function is the base's (Meng et al. 2024, arXiv:2404.02948). loftq: as the best
+    low-rank correction of what quantizing the base has lost; it needs the 16-bit weights (Li et al. 2023,
+    arXiv:2310.08659)."""
+
+    @model_validator(mode="after")
+    def _init_fits_variant(self) -> LoraConfig:
+        if self.variant == "dora" and self.init == "pissa":
+            raise ValueError("init pissa goes with the variants lora and rslora; dora takes default or loftq")
+        return self
+
 
 class DataConfig(Config):
     """Which rows are trained on, and how they become tokens."""
@@ -216,6 +233,10 @@ class TrainingConfig(Config):
 
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay (adamw, lion, sgd, adafactor)."""
+
+    lora_plus_ratio: PositiveFloat = 1.0
+    """LoRA+: B learns at this multiple of the learning rate, A at the rate itself; 16 is the authors' choice
+    with a lower learning_rate (Hayou et al. 2024, arXiv:2402.12354)."""
 
     max_grad_norm: PositiveFloat | None = 1.0
     """Gradients are scaled down to this global norm; None never clips."""

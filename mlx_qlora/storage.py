@@ -78,6 +78,14 @@ def new_folder(path: Path) -> Iterator[Path]:
             remove_folder(temporary)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it that are missing; their names are durable when this returns."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(missing):
+        sync_folder(folder.parent)
+
+
 def remove_folder(path: Path) -> None:
     """Delete a folder if it is there. A kill half-way leaves nothing under its own name."""
     if path.exists():

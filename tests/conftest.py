@@ -44,11 +44,16 @@ def material() -> Path:
 @pytest.fixture(scope="session")
 def tiny_llama_folder(tmp_path_factory) -> Path:
     """A two-layer Llama in bfloat16 with a byte-level tokenizer and ChatML, in Hugging Face layout."""
+    return tiny_llama(tmp_path_factory.mktemp("tiny"))
+
+
+def tiny_llama(parent: Path) -> Path:
+    """Write that model into a new folder of `parent`."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
     from mlx_lm.models import llama
 
-    folder = tmp_path_factory.mktemp("tiny") / "tiny-llama"
+    folder = parent / "tiny-llama"
     folder.mkdir()
     vocab_size = save_tokenizer(folder)
     config = {

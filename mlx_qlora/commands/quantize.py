@@ -36,6 +36,10 @@ def quantize(
         float | None,
         typer.Option(help="Choose each layer's scheme by its measured error, for so many at most."),
     ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="With --bits-per-weight: data by which layers are judged, by the model's answers."),
+    ] = None,
     keep_lm_head: Annotated[
         bool, typer.Option("--keep-lm-head", help="Leave the output head as it is.")
     ] = False,
@@ -70,6 +74,7 @@ def quantize(
         model,
         output,
         config,
+        calibration=calibration,
         revision=revision,
         trust_remote_code=trust_remote_code,
         on_bytes=on_bytes("Quantizing"),

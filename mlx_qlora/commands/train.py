@@ -5,14 +5,18 @@ from __future__ import annotations
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mlx_qlora.commands.options import Offload
 from mlx_qlora.commands.output import Json, gigabytes, on_bytes, print_json, say
-from mlx_qlora.config import build_config, parse_assignment, read_config
+from mlx_qlora.config import RunConfig, build_config, parse_assignment, read_config
 from mlx_qlora.presets import preset as preset_tree
+
+if TYPE_CHECKING:
+    from mlx_qlora.training.events import Observer, RunFinished
+    from mlx_qlora.training.launcher import Launcher
 
 
 def train(
@@ -32,6 +36,23 @@ def train(
         bool, typer.Option("--force", help="Train although the memory plan does not fit.")
     ] = False,
     offload: Offload = False,
+    processes: Annotated[
+        int, typer.Option(help="Ranks on this machine that share every update's rows.", min=1)
+    ] = 1,
+    hosts: Annotated[
+        str | None,
+        typer.Option(help="One rank on each machine, this one first: mac1,mac2 or mac1=10.0.0.1,…"),
+    ] = None,
+    hostfile: Annotated[
+        Path | None, typer.Option(help="Instead of --hosts: a file of mlx.distributed_config's.")
+    ] = None,
+    backend: Annotated[
+        str, typer.Option(help="ring (TCP), or jaccl (RDMA over Thunderbolt 5; needs --hostfile).")
+    ] = "ring",
+    max_restarts: Annotated[
+        int,
+        typer.Option(help="How often ranks that failed are started again from the last checkpoint.", min=0),
+    ] = 3,
     as_json: Json = False,
 ) -> None:
     """Train an adapter on your data.
@@ -42,12 +63,15 @@ def train(
     Later wins: preset, USE_QUANTIZATION and QUANTIZATION_BITS in .env, in the environment, --config, --model
     and --data, --set. Stop it at any time; the same command with
     --resume goes on, and the result is the one of a run that was never stopped.
+
+    With --processes or --hosts several ranks each do a part of every update; the updates are those of one
+    process. A rank that dies or hangs is noticed, and all start again from the last checkpoint.
     """
     from mlx_qlora.training.display import ProgressDisplay
     from mlx_qlora.training.planning import auto_preset
     from mlx_qlora.training.run import resumed_config
-    from mlx_qlora.training.run import train as train_adapter
 
+    launcher = _launcher(processes, hosts, hostfile, backend)
     can_begin = model is not None or config is not None
     if resume and not (can_begin and not (adapter_path / "run.yaml").exists()):
         begun = resumed_config(adapter_path).model_dump(mode="json")
@@ -62,15 +86,7 @@ def train(
     trees = [preset_tree(preset), *trees] if preset else trees
     run = build_config(begun, *trees, where="command line")
     with closing(ProgressDisplay(run.training.steps_per_report)) as display:
-        result = train_adapter(
-            run,
-            adapter_path,
-            resume=resume,
-            observers=[display],
-            on_bytes=on_bytes("Quantizing"),
-            on_prefix_bytes=on_bytes("Frozen prefix"),
-            force=force,
-        ).finished
+        result = _train(run, adapter_path, launcher, max_restarts, display, resume=resume, force=force)
     if as_json:
         print_json(asdict(result))
         return
@@ -82,6 +98,53 @@ def train(
     say(f"  peak memory {gigabytes(result.peak_memory_bytes)}")
     say(f"  adapter     {result.adapter_path}")
     say(f'Run: python -m mlx_qlora.infer "…" --adapter-path {adapter_path}')
+
+
+def _train(
+    run: RunConfig,
+    adapter_path: Path,
+    launcher: Launcher | None,
+    max_restarts: int,
+    display: Observer,
+    *,
+    resume: bool,
+    force: bool,
+) -> RunFinished:
+    if launcher is None:
+        from mlx_qlora.training.run import train as train_here
+
+        return train_here(
+            run,
+            adapter_path,
+            resume=resume,
+            observers=[display],
+            on_bytes=on_bytes("Quantizing"),
+            on_prefix_bytes=on_bytes("Frozen prefix"),
+            on_init_bytes=on_bytes("Initialising the adapter"),
+            force=force,
+        ).finished
+    from mlx_qlora.training.supervisor import train_on_ranks
+
+    return train_on_ranks(
+        run,
+        adapter_path,
+        launcher,
+        resume=resume,
+        force=force,
+        observers=[display],
+        on_bytes=on_bytes("Quantizing"),
+        on_note=say,
+        max_restarts=max_restarts,
+    )
+
+
+def _launcher(processes: int, hosts: str | None, hostfile: Path | None, backend: str) -> Launcher | None:
+    """How ranks are started; None for a run of one process."""
+    if hosts is None and hostfile is None and processes == 1 and backend == "ring":
+        return None
+    from mlx_qlora.training.distributed_hosts import launcher_for
+
+    return launcher_for(processes, hosts=hosts, hostfile=hostfile, backend=backend)
 
 
 def _environment(*, is_begun: bool) -> list[dict[str, Any]]:

@@ -93,10 +93,14 @@ class Batches:
         self._lengths = [len(example.tokens) - 1 for example in examples]
         self.micro_batches_per_epoch = -(-len(self._rows(0)) // batch_size)
         self.steps_per_epoch = -(-self.micro_batches_per_epoch // gradient_accumulation)
+        self.rank, self.num_ranks = 0, 1
         self._epoch: int | None = None
 
     def step(self, step: int) -> list[Batch]:
-        """The micro-batches of global step `step`, counted from 0; an epoch's last may be fewer."""
+        """The micro-batches of global step `step`, counted from 0; an epoch's last may be fewer.
+
+        Of a share, a step may have none.
+        """
         epoch, place = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             rows = self._rows(epoch)
@@ -105,9 +109,23 @@ class Batches:
             self._permuted = self._buffer.perm(self._order)
             self._begins = np.concatenate([[0], np.cumsum(self._row_lengths)])
             self._epoch = epoch
-        first = place * self.gradient_accumulation
-        last = min(first + self.gradient_accumulation, self.micro_batches_per_epoch)
-        return [self._micro_batch(index) for index in range(first, last)]
+        first = place * self.gradient_accumulation * self.batch_size
+        last = min(first + self.gradient_accumulation * self.batch_size, len(self._row_lengths))
+        mine = self._mine(range(first, last))
+        return [
+            self._micro_batch(mine[at : at + self.batch_size]) for at in range(0, len(mine), self.batch_size)
+        ]
+
+    def shared(self, rank: int, num_ranks: int) -> Batches:
+        """The part of the same updates that rank `rank` of `num_ranks` does: all parts are the whole.
+
+        Rows go to the ranks so that each has about as many tokens, and a rank of an update with fewer rows
+        than ranks may have none.
+        """
+        part = copy(self)
+        part.rank, part.num_ranks = rank, num_ranks
+        part._epoch = None
+        return part
 
     def halved(self) -> Batches | None:
         """The same updates in twice as many micro-batches of half the size; None where a size is odd."""
@@ -131,8 +149,26 @@ class Batches:
         packed = pack([self._lengths[index] for index in order], self.layout.row_capacity)
         return [[int(order[item]) for item in packed[row]] for row in rng.permutation(len(packed))]
 
-    def _micro_batch(self, index: int) -> Batch:
-        numbers = range(index * self.batch_size, min((index + 1) * self.batch_size, len(self._row_lengths)))
+    def _mine(self, rows: Sequence[int]) -> Sequence[int]:
+        """The rows of an update that are this rank's, in the epoch's order."""
+        if self.num_ranks == 1:
+            return rows
+        tokens = {row: sum(self._lengths[at] for at in self._examples_of(row)) for row in rows}
+        loads = [0] * self.num_ranks
+        mine = []
+        for row in sorted(
+            rows, key=lambda row: (-tokens[row], row)
+        ):  # the longest first: loads come out even
+            lightest = loads.index(min(loads))
+            loads[lightest] += tokens[row]
+            if lightest == self.rank:
+                mine.append(row)
+        return sorted(mine)
+
+    def _examples_of(self, row: int) -> list[int]:
+        return self._order[self._begins[row] : self._begins[row + 1]]
+
+    def _micro_batch(self, numbers: Sequence[int]) -> Batch:
         places = [range(self._begins[n], self._begins[n + 1]) for n in numbers]
         rows = [[_example(self._permuted[at]) for at in row] for row in places]
         return collated(rows, self.layout, [[self._order[at] for at in row] for row in places])

@@ -13,9 +13,10 @@ import mlx.nn as nn
 from mlx_qlora.config import ModelConfig, QuantizationConfig
 from mlx_qlora.dataset import ensure_chat_template, render_prompt
 from mlx_qlora.errors import AdapterError, ConfigError
-from mlx_qlora.lora.adapter import AdapterInfo, load_adapter, read_adapter_info
+from mlx_qlora.lora.adapter import AdapterInfo, check_quantization, load_adapter, read_adapter_info
 from mlx_qlora.quantization.dense import dense_products
 from mlx_qlora.weights.loader import BaseModel, load_base
+from mlx_qlora.weights.source import resolve_adapter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +113,7 @@ def load_assistant(
 
     Args:
         model: Hub id or folder; None takes the adapter's own.
-        adapter_path: Folder of the adapter.
+        adapter_path: Folder of the adapter, or its hub id.
         quantization: How the base is stored; None is the adapter's own, or the checkpoint as it is.
         dtype: A value of ``model.dtype``; None leaves it to the adapter or to the device.
         offload: Leave layers that do not fit in memory in their files.
@@ -122,7 +123,8 @@ def load_assistant(
     Raises:
         MlxQloraError: nothing to load, or the adapter belongs to another base.
     """
-    info = read_adapter_info(Path(adapter_path)) if adapter_path is not None else None
+    folder = resolve_adapter(adapter_path) if adapter_path is not None else None
+    info = read_adapter_info(folder) if folder is not None else None
     if model is None and info is None:
         raise ConfigError("There is no model to ask.", run='mlx-qlora infer "…" --adapter-path adapters/NAME')
     model_config = _model_config(model, revision, info, trust_remote_code=trust_remote_code)
@@ -131,10 +133,12 @@ def load_assistant(
         update |= {"offload": True, "offload_budget_gib": offload_budget_gib}
     model_config = ModelConfig.model_validate({**model_config.model_dump(), **update})
     stored = quantization or (info.quantization if info else QuantizationConfig(scheme="none"))
+    if info is not None:
+        check_quantization(info, stored)
     base = load_base(model_config, stored, on_bytes=on_bytes)
     ensure_chat_template(base.tokenizer, info.chat_template if info else None)
-    if info is not None and adapter_path is not None:
-        load_adapter(base.model, Path(adapter_path), info, fingerprint=base.fingerprint)
+    if info is not None and folder is not None:
+        load_adapter(base.model, folder, info, fingerprint=base.fingerprint)
     base.model.eval()
     return Assistant(base, info)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,18 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from pydantic import ValidationError
 
-from mlx_qlora.config import Config, LoraConfig, ModelConfig, QuantizationConfig
+from mlx_qlora.config import Config, LoraConfig, ModelConfig, QuantizationConfig, difference
 from mlx_qlora.errors import AdapterError, MlxQloraError, listed
 from mlx_qlora.lora.attach import attach, layer_index
+from mlx_qlora.lora.dora import DoRALinear
 from mlx_qlora.lora.layers import lora_scale
+from mlx_qlora.lora.pissa import PiSSALinear, plain_update
 from mlx_qlora.storage import read_json, write_json, write_tensors
 from mlx_qlora.weights.shards import read_tensors
 
 WEIGHTS, CONFIG, OURS = "adapters.safetensors", "adapter_config.json", "mlx_qlora"
 FORMAT_VERSION = 1
+_BEGINNING = ("initial_a", "initial_b")
 
 
 class AdapterInfo(Config):
@@ -50,19 +54,47 @@ def text_sha256(text: str) -> str:
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, mx.array]:
-    """The trained tensors of a model, by path: ``….q_proj.lora_a`` (in, rank), ``….lora_b`` (rank, out)."""
-    return dict(tree_flatten(model.trainable_parameters()))
+    """The trained tensors of a model, by path: ``….q_proj.lora_a`` (in, rank), ``….lora_b`` (rank, out).
+
+    DoRA has ``….m`` (out,) besides; PiSSA what A and B began with, which is not trained but belongs to them.
+    """
+    tensors = dict(tree_flatten(model.trainable_parameters()))
+    for path, module in model.named_modules():
+        if isinstance(module, PiSSALinear):
+            tensors |= {f"{path}.{name}": module[name] for name in _BEGINNING}
+    return tensors
 
 
 def save_adapter(folder: Path, tensors: Mapping[str, mx.array], info: AdapterInfo, num_layers: int) -> None:
     """Write an adapter that mlx-lm loads too; each file is replaced by one rename.
 
+    One that began with PiSSA is written as the plain LoRA of twice the rank that computes the same.
+
     Args:
         num_layers: Blocks in the base model.
     """
+    tensors, info = as_shipped(tensors, info)
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / WEIGHTS, tensors, {"format": "mlx"})
     write_json(folder / CONFIG, _config_for_mlx_lm(tensors, info, num_layers))
+
+
+def as_shipped(
+    tensors: Mapping[str, mx.array], info: AdapterInfo
+) -> tuple[Mapping[str, mx.array], AdapterInfo]:
+    """The adapter in terms that other tools know: without a beginning that has to be subtracted."""
+    paths = [name.removesuffix(".initial_a") for name in tensors if name.endswith(".initial_a")]
+    if not paths:
+        return tensors, info
+    plain: dict[str, mx.array] = {}
+    for path in paths:
+        own = (tensors[f"{path}.{leaf}"] for leaf in ("lora_a", "lora_b", *_BEGINNING))
+        plain[f"{path}.lora_a"], plain[f"{path}.lora_b"] = plain_update(*own)
+    lora = info.lora
+    # alpha grows as the divisor does: the scale stays.
+    factor = math.sqrt(2) if lora.variant == "rslora" else 2
+    changes = {"rank": 2 * lora.rank, "alpha": factor * lora.alpha, "init": "default"}
+    return plain, info.model_copy(update={"lora": lora.model_copy(update=changes)})
 
 
 def read_adapter_info(folder: Path) -> AdapterInfo:
@@ -122,6 +154,22 @@ def load_adapter(model: nn.Module, folder: Path, info: AdapterInfo, *, fingerpri
     set_adapter_tensors(model, tensors, where=str(folder / WEIGHTS))
 
 
+def check_quantization(info: AdapterInfo, quantization: QuantizationConfig) -> None:
+    """Raise AdapterError where an adapter that makes up for its base's losses is to get another base.
+
+    Args:
+        quantization: How the base is to be stored.
+    """
+    if info.lora.init == "loftq" and quantization != info.quantization:
+        changes = ", ".join(difference(info.quantization, quantization))
+        raise AdapterError(
+            "The adapter began with loftq: it makes up for what its own quantized base has lost, and makes "
+            f"another one worse ({changes}).",
+            where="lora.init",
+            run='mlx-qlora infer "…" --adapter-path A   # without another quantization',
+        )
+
+
 def set_adapter_tensors(model: nn.Module, tensors: Mapping[str, mx.array], *, where: str) -> None:
     """Put trained tensors into a model that has their low-rank layers attached.
 
@@ -139,19 +187,27 @@ def set_adapter_tensors(model: nn.Module, tensors: Mapping[str, mx.array], *, wh
     if problems:
         raise AdapterError(f"The adapter does not fit this model:\n{listed(problems)}", where=where)
     model.load_weights([(name, a.astype(mx.float32)) for name, a in tensors.items()], strict=False)
-    mx.eval(model.trainable_parameters())
+    evaluate_adapter(model)
+
+
+def evaluate_adapter(model: nn.Module) -> None:
+    """Compute whatever belongs to the low-rank layers and is still to be computed."""
+    for _, module in model.named_modules():
+        if isinstance(module, DoRALinear):  # one at a time: each unpacks its weight
+            mx.eval(module.lengths.base_squares)
+    mx.eval(adapter_tensors(model))
 
 
 def _config_for_mlx_lm(tensors: Mapping[str, mx.array], info: AdapterInfo, num_layers: int) -> dict[str, Any]:
     paths = list(dict.fromkeys(name.rsplit(".", 1)[0] for name in tensors))
     keys, count = _mlx_lm_keys(paths, num_layers)
     return {
-        "fine_tune_type": "lora",
+        "fine_tune_type": "dora" if info.lora.variant == "dora" else "lora",
         "model": info.model.path,
         "num_layers": count,
         "lora_parameters": {
             "rank": info.lora.rank,
-            "scale": lora_scale(info.lora.alpha, info.lora.rank),
+            "scale": lora_scale(info.lora.alpha, info.lora.rank, info.lora.variant),
             "dropout": info.lora.dropout,
             "keys": keys,
         },

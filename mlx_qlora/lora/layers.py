@@ -10,19 +10,19 @@ import mlx.nn as nn
 from mlx_qlora.errors import ConfigError
 
 
-def lora_scale(alpha: float, rank: int) -> float:
-    """Factor on the low-rank update, alpha / rank (no unit).
+def lora_scale(alpha: float, rank: int, variant: str = "lora") -> float:
+    """Factor on the low-rank update, alpha / rank, of rsLoRA alpha / √rank (no unit).
 
-    PEFT stores ``lora_alpha``; mlx-lm stores this quotient as ``scale``.
+    PEFT stores ``lora_alpha`` and ``use_rslora``; mlx-lm stores this quotient as ``scale``.
 
     Raises:
         ConfigError: rank is below 1.
 
-    Source: Hu et al. 2021, arXiv:2106.09685, section 4.1.
+    Source: Hu et al. 2021, arXiv:2106.09685, section 4.1; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732.
     """
     if rank < 1:
         raise ConfigError(f"The rank must be at least 1, not {rank}.", where="lora.rank")
-    return alpha / rank
+    return alpha / math.sqrt(rank) if variant == "rslora" else alpha / rank
 
 
 class DropoutKey:
@@ -63,6 +63,10 @@ class LoRALinear(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         z = self._dropped(x) @ self.lora_a.astype(x.dtype)
         return self.linear(x) + (z @ self.lora_b.astype(x.dtype)) * self.scale
+
+    def delta(self) -> mx.array:
+        """What the update adds to the base weight, scale · (A B)ᵀ, (out, in), float32."""
+        return self.scale * (self.lora_a.astype(mx.float32) @ self.lora_b.astype(mx.float32)).T
 
     def _dropped(self, x: mx.array) -> mx.array:
         if self.dropout == 0 or not self.training or self.randomness.key is None:

@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_qlora.blas import blas_is_fast
 from mlx_qlora.config import RunConfig
 from mlx_qlora.lora.attach import attach
+from mlx_qlora.lora.embedding import LoRAEmbedding
 from mlx_qlora.lora.layers import lora_layers
 from mlx_qlora.memory.plan import Step, Workload
 from mlx_qlora.objective.attention import BLOCK, MIN_TOKENS, covers
@@ -19,7 +20,7 @@ from mlx_qlora.objective.fused import UNPACKED_HEAD_BYTES, chunk_length
 from mlx_qlora.objective.head import Head, SplitModel, split
 from mlx_qlora.objective.loss import Objective
 from mlx_qlora.quantization.dense import block_rows, is_quantized
-from mlx_qlora.quantization.nf4_layers import SCALES, quantize_layers
+from mlx_qlora.quantization.nf4_layers import SCALES, NF4Embedding, quantize_layers
 from mlx_qlora.quantization.policy import decide_all, recipe_of, uniform_near
 from mlx_qlora.training.optimizer import build_optimizer
 from mlx_qlora.weights.plan import skeleton
@@ -70,8 +71,10 @@ def _step(objective: Objective, batch: MicroBatch, config: RunConfig, *, on_cpu:
     heads = _heads(model)
     seen = min(BLOCK + batch.longest, batch.width) if is_blocked else batch.width
     per_query = 4 * batch.rows * heads * seen
+    from_embedding = any(isinstance(m, LoRAEmbedding) for _, m in model.named_modules())
+    first = 0 if from_embedding else min(adapted, default=len(layers))
     return Step(
-        num_layers=len(layers) - adapted[0] if adapted else 0,
+        num_layers=len(layers) - first,
         is_checkpointed=config.training.gradient_checkpointing,
         hidden=array * hidden,
         outputs=array * max(_outputs(layer, experts) for layer in layers),
@@ -127,7 +130,8 @@ def _heads(model: nn.Module) -> int:
 
 def _float_bytes(model: nn.Module) -> int:
     """Of an activation: the norms have its type."""
-    vectors = [a for _, a in tree_flatten(model.layers[0].parameters()) if a.ndim == 1]
+    flat = tree_flatten(model.layers[0].parameters())
+    vectors = [a for path, a in flat if a.ndim == 1 and path.rpartition(".")[2] not in SCALES]
     return next((a.dtype.size for a in vectors if mx.issubdtype(a.dtype, mx.floating)), 4)
 
 
@@ -143,6 +147,9 @@ def planned_model(source: ModelSource, config: RunConfig, notes: list[str], *, o
         return array.astype(dtype) if is_float and may_cast(path) else array
 
     model.update(tree_map_with_path(cast, model.parameters()))
+    for _, layer in model.named_modules():
+        if isinstance(layer, NF4Embedding):
+            layer.dtype = dtype
     attach(model, config.lora, config.training.seed)
     model.train()
     notes.append(f"activations in {str(dtype).removeprefix('mlx.core.')}")

@@ -14,6 +14,39 @@ from mlx_qlora.config import TrainingConfig
 
 def build_optimizer(config: TrainingConfig) -> optim.Optimizer:
     """The optimizer that `config` names; its learning rate is set before each update."""
+    if config.lora_plus_ratio == 1:
+        return _named(config)
+    return LoRAPlus(_named(config), _named(config), ratio=config.lora_plus_ratio)
+
+
+class LoRAPlus(optim.MultiOptimizer):
+    """Two optimizers of a kind: one for every matrix B, at `ratio` times the learning rate, one for the rest.
+
+    Their states are apart, and each is that of a plain optimizer. Decoupled weight decay is a multiple of
+    the learning rate, so B's is `ratio` times as large too, as in PEFT's LoRA+.
+
+    Source: Hayou et al. 2024, arXiv:2402.12354.
+    """
+
+    def __init__(self, for_b: optim.Optimizer, for_others: optim.Optimizer, *, ratio: float) -> None:
+        super().__init__([for_b, for_others], [lambda path, _array: path.endswith("lora_b")])
+        self.ratio = ratio
+        self.learning_rate = for_others.learning_rate
+
+    @property
+    def learning_rate(self) -> mx.array:
+        """Of everything but B."""
+        return self.optimizers[1].learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate: float | mx.array) -> None:
+        """Set it, and B's to `ratio` times as much."""
+        for_b, for_others = self.optimizers
+        for_b.learning_rate = learning_rate * self.ratio
+        for_others.learning_rate = learning_rate
+
+
+def _named(config: TrainingConfig) -> optim.Optimizer:
     rate, decay = config.learning_rate, config.weight_decay
     match config.optimizer:
         # MLX leaves the bias of early moments uncorrected by default: first updates three times too large.

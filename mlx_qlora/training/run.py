@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_qlora.blas import blas_is_fast
-from mlx_qlora.config import RunConfig, build_config, read_config, to_yaml
+from mlx_qlora.config import RunConfig, TrainingConfig, build_config, read_config, to_yaml
 from mlx_qlora.dataset import Batches, Dataset, Example, in_order, load_dataset, template_of
 from mlx_qlora.errors import CheckpointError, ConfigError
 from mlx_qlora.lora.adapter import WEIGHTS, AdapterInfo, save_adapter, text_sha256
-from mlx_qlora.lora.attach import attach
+from mlx_qlora.lora.initialisation import attach_initialised
 from mlx_qlora.memory.limits import memory_limits
 from mlx_qlora.memory.monitor import MemoryMonitor
 from mlx_qlora.objective.loss import objective_for
+from mlx_qlora.presets import GIB
 from mlx_qlora.quantization.dense import dense_products
-from mlx_qlora.storage import said_clearly, sweep, write_text
+from mlx_qlora.storage import make_folder, said_clearly, sweep, write_text
 from mlx_qlora.training.checkpoint import CheckpointStore, RunIdentity, saved_steps
+from mlx_qlora.training.distributed import ALONE, Ranks
+from mlx_qlora.training.distributed_checkpoint import SharedCheckpoints
 from mlx_qlora.training.events import Observer, RunFinished, RunStarted
 from mlx_qlora.training.guard import stop_on_signals
 from mlx_qlora.training.metrics import METRICS, MetricsLog
@@ -60,7 +65,13 @@ class _Parts:
     observers: Sequence[Observer]
     planned: RunPlan | None
     on_prefix_bytes: Callable[[int, int], None] | None = None
+    ranks: Ranks = ALONE
     monitor: MemoryMonitor = field(default_factory=MemoryMonitor)
+
+    @property
+    def training(self) -> TrainingConfig:
+        """With this rank's share of the machine's memory."""
+        return _with_own_budget(self.config, self.ranks, self.monitor).training
 
 
 def train(
@@ -71,7 +82,9 @@ def train(
     observers: Iterable[Observer] = (),
     on_bytes: Callable[[int, int], None] | None = None,
     on_prefix_bytes: Callable[[int, int], None] | None = None,
+    on_init_bytes: Callable[[int, int], None] | None = None,
     force: bool = False,
+    ranks: Ranks = ALONE,
 ) -> TrainedRun:
     """Train an adapter and leave it in `adapter_path`, with its metrics, curve and report.
 
@@ -83,7 +96,10 @@ def train(
         on_bytes: Called with (done, total) while the base is being quantized.
         on_prefix_bytes: Called with (done, total) while hidden states of frozen layers are being computed
             (``training.cache_frozen_prefix``); after RunStarted, whose notes say how large they are.
+        on_init_bytes: Called with (done, total) while weights are decomposed (``lora.init``).
         force: Go on although the memory plan does not fit. A run that has done steps is never refused.
+        ranks: This process's place among those that train together; each calls this with the same `config`.
+            Only rank 0 touches `adapter_path`. Use `train_on_ranks`, which starts and watches them.
 
     Raises:
         MemoryBudgetError: the run cannot fit; the message says what to change.
@@ -91,17 +107,20 @@ def train(
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was saved.
     """
     config, folder = with_absolute_paths(config), Path(adapter_path).resolve()
-    _check_folder(folder, resume=resume)
-    is_begun = resume and any(saved_steps(folder / CHECKPOINTS))
-    planned = admitted(config, is_begun=is_begun, force=force)
-    config = config.model_copy(
-        update={"quantization": settled(config.model, config.quantization, on_bytes)}
-    )  # so that run.yaml and the adapter name each layer's scheme
-    base = load_base(config.model, config.quantization, on_bytes=on_bytes)
-    dataset = load_dataset(config.data, base.tokenizer, config.training.seed)
-    attach(base.model, config.lora, config.training.seed)
-    parts = _Parts(config, folder, base, dataset, tuple(observers), planned, on_prefix_bytes)
-    with memory_limits(parts.monitor.budget_bytes(config.training.memory_budget_gib)):
+    if ranks.is_first:
+        _check_folder(folder, resume=resume)
+    is_begun = ranks.value_from_first(resume and any(saved_steps(folder / CHECKPOINTS)))
+    monitor = MemoryMonitor()
+    with ranks.in_turn():
+        planned = admitted(_with_own_budget(config, ranks, monitor), is_begun=is_begun, force=force)
+        config = config.model_copy(
+            update={"quantization": settled(config.model, config.quantization, on_bytes)}
+        )  # so that run.yaml and the adapter name each layer's scheme
+        base = load_base(config.model, config.quantization, on_bytes=on_bytes)
+        dataset = load_dataset(config.data, base.tokenizer, config.training.seed)
+    attach_initialised(base, config.lora, config.training.seed, on_init_bytes, is_restored=is_begun)
+    parts = _Parts(config, folder, base, dataset, tuple(observers), planned, on_prefix_bytes, ranks, monitor)
+    with memory_limits(monitor.budget_bytes(parts.training.memory_budget_gib)):
         finished = _run(parts, resume=resume)
     return TrainedRun(finished, base, dataset)
 
@@ -152,12 +171,14 @@ def data_fingerprint(dataset: Dataset) -> str:
 
 
 def _run(parts: _Parts, *, resume: bool) -> RunFinished:
-    training, folder = parts.config.training, parts.folder
+    training, folder, ranks = parts.training, parts.folder, parts.ranks
     started = time.perf_counter()
     identity = RunIdentity(parts.config, parts.base.fingerprint, data_fingerprint(parts.dataset))
-    checkpoints = CheckpointStore(folder / CHECKPOINTS, identity, training.keep_checkpoints)
+    _check_same_run(identity, ranks)
+    store = CheckpointStore(folder / CHECKPOINTS, identity, training.keep_checkpoints)
+    checkpoints = SharedCheckpoints(store, ranks)
     metrics = MetricsLog(folder / METRICS)
-    emit = fan_out([metrics, *parts.observers])
+    emit = fan_out([*([metrics] if ranks.is_first else []), *parts.observers])
     layers = list(parts.base.model.layers)
     is_recomputed = training.gradient_checkpointing and parts.base.offload is None
     with (
@@ -177,7 +198,7 @@ def _run(parts: _Parts, *, resume: bool) -> RunFinished:
         trainer = Trainer(
             objective,
             build_optimizer(training),
-            Batches(train_rows, size, accumulation, training.seed, layout),
+            Batches(train_rows, size, accumulation, training.seed, layout).shared(ranks.rank, ranks.size),
             list(in_order(_validation_rows(parts), size, layout)),
             training,
             checkpoints=checkpoints,
@@ -185,8 +206,10 @@ def _run(parts: _Parts, *, resume: bool) -> RunFinished:
             emit=emit,
             monitor=parts.monitor,
             stop=stop,
+            ranks=ranks,
         )
-        notes = _restore(trainer, checkpoints, metrics) if resume and checkpoints.steps() else _begin(parts)
+        is_resumed = resume and bool(checkpoints.steps())
+        notes = _restore(trainer, checkpoints, metrics) if is_resumed else _begin(parts)
         planned = [parts.planned.line] if parts.planned else []
         emit(_run_started(trainer, parts, [*planned, *notes, *parts.base.notes, *prefix.notes]))
         resume_command = f"mlx-qlora train --resume --adapter-path {folder}"
@@ -196,7 +219,8 @@ def _run(parts: _Parts, *, resume: bool) -> RunFinished:
     parts.base.model.eval()
     finished = _finished(trainer, parts, seconds=time.perf_counter() - started, first_tokens=first_tokens)
     emit(finished)
-    write_report(folder, parts.config, parts.dataset.report.lines())
+    if ranks.is_first:
+        write_report(folder, parts.config, parts.dataset.report.lines())
     return finished
 
 
@@ -208,20 +232,25 @@ def _prefix(parts: _Parts, identity: RunIdentity) -> PrefixRun:
     objective = objective_for(parts.base.model.train())
     if not parts.config.training.cache_frozen_prefix:
         return PrefixRun(objective)
+    if not parts.ranks.is_alone:
+        return PrefixRun(objective, ["frozen prefix: not kept by several ranks; every layer is run"])
     return prefix_run(objective, parts.base, parts.dataset.train, identity.data_fingerprint)
 
 
-def _restore(trainer: Trainer, checkpoints: CheckpointStore, metrics: MetricsLog) -> list[str]:
+def _restore(trainer: Trainer, checkpoints: SharedCheckpoints, metrics: MetricsLog) -> list[str]:
     checkpoint, broken = checkpoints.load_newest()
     checkpoints.drop_after(checkpoint.progress.step)
     trainer.restore(checkpoint)
-    metrics.truncate_after(checkpoint.progress.step)
+    if trainer.ranks.is_first:
+        metrics.truncate_after(checkpoint.progress.step)
     return [f"resumed from {checkpoint.path.name}", *(f"passed over {reason}" for reason in broken)]
 
 
 def _begin(parts: _Parts) -> list[str]:
+    if not parts.ranks.is_first:
+        return []
     with said_clearly(parts.folder):
-        (parts.folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        make_folder(parts.folder / CHECKPOINTS)
         (parts.folder / METRICS).unlink(missing_ok=True)
     sweep(parts.folder)
     write_text(parts.folder / RUN_FILE, to_yaml(parts.config))
@@ -231,6 +260,8 @@ def _begin(parts: _Parts) -> list[str]:
 def _run_started(trainer: Trainer, parts: _Parts, notes: list[str]) -> RunStarted:
     model, training = parts.base.model, parts.config.training
     notes += trainer.objective.notes
+    if not parts.ranks.is_alone:
+        notes.append(f"{parts.ranks.size} ranks; memory figures are those of rank 0")
     if sys.platform.startswith("linux") and mx.default_device() == mx.cpu and not blas_is_fast():
         notes.append("this CPU trains several times faster with OpenBLAS: apt install libopenblas0")
     warmup = warmup_length(training, trainer.total_steps)
@@ -251,6 +282,8 @@ def _run_started(trainer: Trainer, parts: _Parts, notes: list[str]) -> RunStarte
 
 
 def _publisher(parts: _Parts) -> Callable[[Mapping[str, mx.array]], None]:
+    if not parts.ranks.is_first:
+        return lambda _tensors: None
     config, template = parts.config, template_of(parts.base.tokenizer)
     info = AdapterInfo(
         model=config.model,
@@ -267,6 +300,7 @@ def _publisher(parts: _Parts) -> Callable[[Mapping[str, mx.array]], None]:
 def _finished(trainer: Trainer, parts: _Parts, *, seconds: float, first_tokens: int) -> RunFinished:
     progress = trainer.progress
     has_validation = progress.best_loss is not None
+    (peak,) = parts.ranks.highest(parts.monitor.peak_footprint_bytes)
     return RunFinished(
         steps=progress.step,
         tokens=progress.tokens,
@@ -277,8 +311,33 @@ def _finished(trainer: Trainer, parts: _Parts, *, seconds: float, first_tokens: 
         skipped_updates=progress.skipped_updates,
         seconds=seconds,
         tokens_per_second=(progress.tokens - first_tokens) / seconds,
-        peak_memory_bytes=parts.monitor.peak_footprint_bytes,
+        peak_memory_bytes=int(peak),
         adapter_path=parts.folder,
+    )
+
+
+def _with_own_budget(config: RunConfig, ranks: Ranks, monitor: MemoryMonitor) -> RunConfig:
+    """With this rank's part of the machine's memory, where ranks share one; a given budget is each rank's."""
+    training = config.training
+    if ranks.num_local == 1 or training.memory_budget_gib:
+        return config
+    share = monitor.budget_bytes(None) / GIB / ranks.num_local
+    return config.model_copy(update={"training": training.model_copy(update={"memory_budget_gib": share})})
+
+
+def _check_same_run(identity: RunIdentity, ranks: Ranks) -> None:
+    """Whether all ranks compute the same: paths may differ from machine to machine."""
+    tree = identity.config.model_dump(mode="json")
+    for part in ("model", "data"):
+        del tree[part]["path"]
+    ranks.check_same(
+        configuration=json.dumps(tree, sort_keys=True),
+        **{
+            "base model": identity.base_fingerprint,
+            "training data, as tokens": identity.data_fingerprint,
+            "version of MLX": version("mlx"),
+            "version of mlx-lm": version("mlx-lm"),
+        },
     )
 
 

@@ -20,6 +20,8 @@ from mlx_qlora.objective.evaluate import evaluate
 from mlx_qlora.objective.loss import Objective
 from mlx_qlora.presets import GIB
 from mlx_qlora.training.checkpoint import Checkpoint, CheckpointStore, Progress
+from mlx_qlora.training.distributed import ALONE, Ranks, fingerprint_of
+from mlx_qlora.training.distributed_checkpoint import SharedCheckpoints
 from mlx_qlora.training.events import (
     MemoryPressure,
     Observer,
@@ -54,22 +56,24 @@ class Trainer:
         validation: Sequence[Batch],
         config: TrainingConfig,
         *,
-        checkpoints: CheckpointStore,
+        checkpoints: CheckpointStore | SharedCheckpoints,
         publish: Publish,
         emit: Observer,
         monitor: MemoryMonitor,
         stop: StopRequest,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.objective, self.model, self.optimizer = objective, objective.model, optimizer
         self.batches, self.validation = batches, validation
         self.config, self.checkpoints, self.publish = config, checkpoints, publish
-        self.emit, self.monitor, self.stop = emit, monitor, stop
-        self.step = TrainStep(objective, optimizer, config)
+        self.emit, self.monitor, self.stop, self.ranks = emit, monitor, stop, ranks
+        self.step = TrainStep(objective, optimizer, config, ranks)
         self.progress = Progress()
         self.total_steps = total_steps(config, batches)
         self.budget_bytes = monitor.budget_bytes(config.memory_budget_gib)
         self._saved_step = -1
         self._short_updates = 0
+        self._signal_of_all: int | None = None
 
     def run(self) -> Progress:
         """Train to the end, publish the adapter that is kept, and say where the run stands.
@@ -137,16 +141,23 @@ class Trainer:
                 skipped=outcome.skipped,
             )
         )
-        self._relieve(sample, step)
+        self._relieve(sample, step, is_short=self._agreed(sample))
         if self.progress.bad_in_a_row >= BAD_UPDATES_IN_A_ROW:
             self._roll_back()
 
-    def _relieve(self, sample: MemorySample, step: int) -> None:
+    def _agreed(self, sample: MemorySample) -> bool:
+        """Whether memory is short on any rank; and what signal any of them was sent is kept."""
+        is_short = sample.needed_bytes > self.budget_bytes or sample.pressure == "critical"
+        short, number = self.ranks.highest(is_short, self.stop.signal_number or 0)
+        self._signal_of_all = int(number) or None
+        return bool(short)
+
+    def _relieve(self, sample: MemorySample, step: int, *, is_short: bool) -> None:
         """When memory is short: give back the cache, then halve the micro-batch, then save and stop.
 
         Halving changes no update: twice as many micro-batches have the same examples.
         """
-        if sample.needed_bytes <= self.budget_bytes and sample.pressure != "critical":
+        if not is_short:
             self._short_updates = 0
             return
         self._short_updates += 1
@@ -187,7 +198,8 @@ class Trainer:
 
     def _validate(self) -> None:
         started = time.perf_counter()
-        result = evaluate(self.model, self.validation, self.objective)
+        own = evaluate(self.model, self.ranks.share(self.validation), self.objective)
+        result = self.ranks.together(own)
         self.progress = validated(self.progress, result.loss_nats)
         is_best = self.progress.best_step == self.progress.step
         self.emit(
@@ -208,12 +220,31 @@ class Trainer:
         return is_time and self._saved_step != step
 
     def _save(self, *, is_best: bool = False) -> None:
+        self._take_from_first()
         optimizer_state = dict(tree_flatten(self.optimizer.state))
         path = self.checkpoints.save(self.progress, adapter_tensors(self.model), optimizer_state)
         self._saved_step = self.progress.step
         self.emit(Saved(step=self.progress.step, path=path, is_best=is_best))
         if self.progress.step > 0 and (is_best or not self.validation):
             self.publish(adapter_tensors(self.model))
+
+    def _take_from_first(self) -> None:
+        """Where ranks on different chips have come apart by a rounding, all go on from rank 0's numbers.
+
+        They get the same sums, but each makes its own update of them. What goes on after a checkpoint is then
+        what a run resumed from it would do.
+        """
+        adapter = adapter_tensors(self.model)
+        state = dict(tree_flatten(self.optimizer.state))
+        prints = self.ranks.table(fingerprint_of(adapter), fingerprint_of(state)) if self._has_peers else None
+        if prints is None or (prints == prints[0]).all():
+            return
+        set_adapter_tensors(self.model, self.ranks.tensors_from_first(adapter), where="rank 0")
+        self.optimizer.state = tree_unflatten(list(self.ranks.tensors_from_first(state).items()))
+
+    @property
+    def _has_peers(self) -> bool:
+        return not self.ranks.is_alone
 
     def _publish_best(self) -> None:
         if self.validation and self.progress.best_step != self.progress.step:
@@ -222,13 +253,14 @@ class Trainer:
             self.publish(adapter_tensors(self.model))
 
     def _stop_if_asked(self) -> None:
-        if self.stop.signal_number is None:
+        signal_number = self._signal_of_all if self._has_peers else self.stop.signal_number
+        if signal_number is None:
             return
         if self._saved_step != self.progress.step:
             self._save()
         raise Interrupted(
             f"Stopped after step {self.progress.step} of {self.total_steps}; the checkpoint is saved.",
-            signal_number=self.stop.signal_number,
+            signal_number=signal_number,
             run=f"mlx-qlora train --resume --adapter-path {self.checkpoints.folder.parent}",
         )
 

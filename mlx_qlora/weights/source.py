@@ -25,6 +25,8 @@ PATTERNS = [
 ]
 """What is fetched from the hub: never pickle, and code only when it is trusted."""
 
+ADAPTER_PATTERNS = ["adapters.safetensors", "adapter_config.json"]
+
 _SAMPLE_BYTES = 4096
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -89,6 +91,23 @@ def resolve_model(
     if needs_weights:
         _check_weights(folder)
     return ModelSource(folder, name, revision, config)
+
+
+def resolve_adapter(adapter: str | Path, revision: str | None = None) -> Path:
+    """The folder of an adapter, fetched from the hub when `adapter` is no folder but OWNER/NAME.
+
+    What is no hub id is given back as it is: whoever reads it says what is missing there.
+
+    Raises:
+        ModelError: the hub has no such repository, or cannot be reached.
+    """
+    name, folder = str(adapter), Path(adapter).expanduser()
+    if folder.exists() or folder.parent.is_dir() or not _REPOSITORY.fullmatch(name):
+        return folder
+    from huggingface_hub import snapshot_download
+
+    with _hub_errors_said(name, f"hf download {name}"):
+        return Path(snapshot_download(name, revision=revision, allow_patterns=ADAPTER_PATTERNS))
 
 
 def resolve_gguf(model: str, revision: str | None = None) -> tuple[Path, str]:

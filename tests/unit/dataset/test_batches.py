@@ -171,3 +171,51 @@ def test_the_room_is_imported_without_transformers_and_mlx_lm():
     check = f"import sys, mlx_qlora.dataset; print([name for name in {heavy} if name in sys.modules])"
     run = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+RANKS = st.integers(1, 6)
+
+
+def rows_in(batches: list[Batch]) -> list[int]:
+    return [row for batch in batches for row in rows_of(batch)]
+
+
+@quick
+@given(lengths=LENGTHS, ranks=RANKS, step=st.integers(0, 20), **SIZES)
+def test_the_shares_of_all_ranks_are_the_update_without_loss_or_repetition(
+    lengths, ranks, step, batch_size, accumulation, seed
+):
+    batches = Batches(examples_of(lengths), batch_size, accumulation, seed)
+    shares = [batches.shared(rank, ranks).step(step) for rank in range(ranks)]
+    assert Counter(chain(*map(rows_in, shares))) == Counter(rows_in(batches.step(step)))
+    assert sum(b.target_tokens for s in shares for b in s) == sum(b.target_tokens for b in batches.step(step))
+    assert all(1 <= len(batch.inputs_BT) <= batch_size for share in shares for batch in share)
+
+
+@quick
+@given(lengths=LENGTHS, ranks=RANKS, step=st.integers(0, 20), **SIZES)
+def test_no_rank_has_more_than_its_part_and_one_row(lengths, ranks, step, batch_size, accumulation, seed):
+    batches = Batches(examples_of(lengths), batch_size, accumulation, seed)
+    whole = sum(batch.tokens for batch in batches.step(step))
+    loads = [sum(b.tokens for b in batches.shared(rank, ranks).step(step)) for rank in range(ranks)]
+    assert max(loads) <= whole / ranks + max(lengths)
+
+
+@quick
+@given(lengths=LENGTHS, ranks=RANKS, step=st.integers(0, 20), **SIZES)
+def test_a_halved_share_has_the_rows_of_the_whole_one(lengths, ranks, step, batch_size, accumulation, seed):
+    part = Batches(examples_of(lengths), 2 * batch_size, accumulation, seed).shared(ranks - 1, ranks)
+    assert rows_in(part.halved().step(step)) == rows_in(part.step(step))
+
+
+def test_an_update_with_fewer_rows_than_ranks_leaves_some_without_any():
+    batches = Batches(examples_of([9, 9, 9]), 2, 1, seed=0)
+    assert [len(rows_in(batches.shared(rank, 4).step(1))) for rank in range(4)] == [1, 0, 0, 0]
+
+
+def test_packed_rows_are_shared_whole():
+    layout = Layout(may_concatenate=True, row_capacity=60)
+    batches = Batches(examples_of([12, 30, 25, 40, 8, 50, 17]), 2, 2, 0, layout)
+    shares = [batches.shared(rank, 3).step(0) for rank in range(3)]
+    whole = sorted(row for batch in batches.step(0) for row in batch.examples)
+    assert sorted(row for share in shares for batch in share for row in batch.examples) == whole

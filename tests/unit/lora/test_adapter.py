@@ -14,11 +14,14 @@ from mlx_qlora.lora.adapter import (
     WEIGHTS,
     AdapterInfo,
     adapter_tensors,
+    check_quantization,
     load_adapter,
     read_adapter_info,
     save_adapter,
+    set_adapter_tensors,
     text_sha256,
 )
+from mlx_qlora.lora.layers import lora_layers
 from tests.tiny import tiny_llama, with_lora
 
 TOKENS = mx.array([[1, 5, 9, 33, 2]])
@@ -42,8 +45,15 @@ def saved(folder, **lora: object) -> mx.array:
     return model(TOKENS)
 
 
+def is_close(one: mx.array, other: mx.array) -> bool:
+    """The same but for the order of sums."""
+    return mx.abs(one - other).max().item() <= 1e-5 * mx.abs(other).max().item()
+
+
 CHOICES = [
     {},
+    {"variant": "rslora", "target_modules": ("q_proj", "down_proj")},
+    {"target_modules": ("embed_tokens", "v_proj")},
     {"target_modules": ("q_proj", "down_proj"), "num_layers": 2},
     {"target_modules": ("lm_head", "q_proj")},
     {"target_modules": ("model.layers.0.mlp.*", "model.layers.2.*.q_proj")},
@@ -55,6 +65,63 @@ def test_mlx_lm_loads_it_and_computes_the_same_logits(tmp_path, lora):
     expected = saved(tmp_path, **lora)
     theirs = load_adapters(tiny_llama(layers=3), str(tmp_path)).eval()
     assert mx.array_equal(theirs(TOKENS), expected)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("lora", [{}, {"target_modules": ("lm_head", "o_proj"), "num_layers": 2}])
+def test_mlx_lm_loads_dora_and_computes_the_same(tmp_path, lora, bits):
+    lora = {**lora, "variant": "dora"}
+    model = with_lora(tiny_llama(layers=3, bits=bits), **lora).eval()
+    for module in lora_layers(model):
+        module.m = 1.3 * module.m
+    save_adapter(tmp_path, adapter_tensors(model), info(**lora), num_layers=3)
+    theirs = load_adapters(tiny_llama(layers=3, bits=bits), str(tmp_path)).eval()
+    assert is_close(theirs(TOKENS), model(TOKENS))
+    ours = tiny_llama(layers=3, bits=bits)
+    load_adapter(ours, tmp_path, read_adapter_info(tmp_path), fingerprint="sha256:base")
+    assert mx.array_equal(ours.eval()(TOKENS), model(TOKENS))
+
+
+@pytest.mark.parametrize("variant", ["lora", "rslora"])
+def test_what_began_with_pissa_is_shipped_as_a_plain_adapter_of_twice_the_rank(tmp_path, variant):
+    lora = {"variant": variant, "init": "pissa", "target_modules": ("q_proj", "down_proj")}
+    model = with_lora(tiny_llama(layers=3), **lora).eval()  # its B has moved, its A has not
+    save_adapter(tmp_path, adapter_tensors(model), info(**lora), num_layers=3)
+    shipped = read_adapter_info(tmp_path)
+    assert (shipped.lora.rank, shipped.lora.init, shipped.lora.variant) == (8, "default", variant)
+    theirs = load_adapters(tiny_llama(layers=3), str(tmp_path)).eval()
+    assert is_close(theirs(TOKENS), model(TOKENS))
+    ours = tiny_llama(layers=3)
+    load_adapter(ours, tmp_path, shipped, fingerprint="sha256:base")
+    assert mx.array_equal(ours.eval()(TOKENS), theirs(TOKENS))
+    assert not is_close(tiny_llama(layers=3)(TOKENS), model(TOKENS))
+
+
+def test_a_checkpoint_keeps_what_pissa_began_with():
+    model = with_lora(tiny_llama(), init="pissa", target_modules=("q_proj",))
+    kept = adapter_tensors(model)
+    assert {name.rpartition(".")[2] for name in kept} == {"lora_a", "lora_b", "initial_a", "initial_b"}
+    other = with_lora(tiny_llama(), init="pissa", target_modules=("q_proj",), seed=5)
+    assert not mx.array_equal(other(TOKENS), model(TOKENS))
+    set_adapter_tensors(other, kept, where="here")
+    assert mx.array_equal(other(TOKENS), model(TOKENS))
+
+
+def test_a_loftq_adapter_is_kept_to_the_base_it_makes_up_for():
+    check_quantization(info(init="loftq"), QuantizationConfig())
+    check_quantization(info(), QuantizationConfig(scheme="int8"))
+    with pytest.raises(AdapterError, match="scheme: int4 → int8"):
+        check_quantization(info(init="loftq"), QuantizationConfig(scheme="int8"))
+
+
+def test_an_adapter_from_before_there_were_variants_loads(tmp_path):
+    expected, model = saved(tmp_path), tiny_llama(layers=3)
+    tree = json.loads((tmp_path / CONFIG).read_text())
+    for key in ("variant", "init"):
+        del tree["mlx_qlora"]["lora"][key]
+    (tmp_path / CONFIG).write_text(json.dumps(tree))
+    load_adapter(model, tmp_path, read_adapter_info(tmp_path), fingerprint="sha256:base")
+    assert mx.array_equal(model.eval()(TOKENS), expected)
 
 
 @pytest.mark.parametrize("lora", CHOICES)

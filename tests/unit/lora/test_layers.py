@@ -63,7 +63,28 @@ def test_without_a_key_or_out_of_training_nothing_is_dropped():
     assert mx.array_equal(lora.train()(x), plain)
 
 
+def output_spread(variant: str, rank: int) -> float:
+    """Standard deviation of the update's output for random inputs, with the matrices of a trained layer."""
+    scale = lora_scale(16, rank, variant)
+    lora = LoRALinear(
+        nn.Linear(256, 256, bias=False), rank=rank, scale=scale, dropout=0, key=mx.random.key(1)
+    )
+    lora.lora_b = mx.random.normal((rank, 256), key=mx.random.key(2))
+    x = mx.random.normal((500, 256), key=mx.random.key(3))
+    return mx.std(lora(x) - lora.linear(x)).item()
+
+
+def test_with_rslora_a_higher_rank_has_outputs_of_the_same_size_and_without_it_smaller_ones():
+    """Kalajdzievski 2023, theorem 3.2: α/√r keeps the second moment of the update in r; α/r lets it fall."""
+    low, high = (output_spread("rslora", rank) for rank in (4, 128))
+    assert high == pytest.approx(low, rel=0.15)
+    low, high = (output_spread("lora", rank) for rank in (4, 128))
+    assert high == pytest.approx(low / 32**0.5, rel=0.15)
+
+
 def test_scale_is_alpha_over_rank_and_a_rank_of_zero_is_refused():
     assert lora_scale(16, 8) == 2
+    assert lora_scale(16, 16, "rslora") == 4
+    assert lora_scale(16, 8, "dora") == 2
     with pytest.raises(ConfigError, match="rank"):
         lora_scale(16, 0)

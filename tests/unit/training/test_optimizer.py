@@ -4,6 +4,7 @@ import mlx.core as mx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_qlora.config import TrainingConfig
 from mlx_qlora.training.optimizer import (
@@ -77,7 +78,63 @@ def test_the_first_adam_update_is_one_learning_rate_long(name):
     assert mx.allclose(weights["w"], mx.array([-0.1, 0.1]), atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "adafactor", "lion"])
+OPTIMIZERS = ["adamw", "adam", "sgd", "adafactor", "lion"]
+NAMES = ("q.lora_a", "q.lora_b", "v.lora_a", "v.lora_b", "v.m")
+
+
+def after_updates(optimizer, *, first: int = 0, last: int = 3, weights=None):
+    """A model's trained tensors after some updates with gradients that are functions of their number."""
+    flat = {name: mx.random.normal((4, 4), key=mx.random.key(i)) for i, name in enumerate(NAMES)}
+    weights = weights or tree_unflatten(list(flat.items()))
+    for step in range(first, last):
+        key = mx.random.key(100 + step)
+        grads = {
+            name: mx.random.normal((4, 4), key=mx.random.split(key, 9)[i]) for i, name in enumerate(NAMES)
+        }
+        optimizer.learning_rate = 0.01 / (step + 1)
+        weights = optimizer.apply_gradients(tree_unflatten(list(grads.items())), weights)
+    return weights
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_with_lora_plus_the_update_of_b_is_that_many_times_as_long_and_no_other_changes(name):
+    one = TrainingConfig(optimizer=name)
+    sixteen = TrainingConfig(optimizer=name, lora_plus_ratio=16)
+    before = dict(tree_flatten(after_updates(None, last=0)))
+    plain = dict(tree_flatten(after_updates(build_optimizer(one), last=1)))
+    plus = dict(tree_flatten(after_updates(build_optimizer(sixteen), last=1)))
+    for path, array in before.items():
+        ratio = 16 if path.endswith("lora_b") else 1
+        wanted = ratio * (plain[path] - array)
+        assert mx.allclose(plus[path] - array, wanted, rtol=1e-4, atol=1e-5), path
+
+
+def test_a_ratio_of_one_is_the_plain_optimizer():
+    assert type(build_optimizer(TrainingConfig())).__name__ == "AdamW"
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_state_of_lora_plus_goes_through_a_checkpoint_and_on_exactly(name):
+    config = TrainingConfig(optimizer=name, lora_plus_ratio=8, weight_decay=0.1 if name != "adam" else 0)
+    whole = dict(tree_flatten(after_updates(build_optimizer(config), last=5)))
+    first = build_optimizer(config)
+    half = after_updates(first, last=2)
+    stored = [(path, mx.array(array)) for path, array in tree_flatten(first.state)]
+    second = build_optimizer(config)
+    second.init(half)
+    assert {path for path, _ in tree_flatten(second.state)} == {path for path, _ in stored}
+    second.state = tree_unflatten(stored)
+    resumed = dict(tree_flatten(after_updates(second, first=2, last=5, weights=half)))
+    assert all(mx.array_equal(whole[path], resumed[path]) for path in whole)
+
+
+def test_lora_plus_says_the_rate_of_all_but_b():
+    optimizer = build_optimizer(TrainingConfig(lora_plus_ratio=16))
+    optimizer.learning_rate = 0.5
+    assert optimizer.learning_rate.item() == 0.5
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_lowers_a_square(name):
     optimizer = build_optimizer(TrainingConfig(optimizer=name, learning_rate=0.05))
     weights = {"w": mx.full((4, 4), 2.0)}
