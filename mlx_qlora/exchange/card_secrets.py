@@ -29,7 +29,7 @@ def find_leaks(
 
     Args:
         private: Texts that must not appear: the token in use, folders of this machine.
-        is_vocabulary: The file lists pieces of words, among which ``/home/x`` is no one's folder.
+        is_vocabulary: The file lists pieces of words, among which ``/home/ana`` is no one's folder.
     """
     found = []
     for match in _SECRET.finditer(text):

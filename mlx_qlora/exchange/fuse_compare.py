@@ -51,12 +51,14 @@ class _Fused:
         self._parts: Parts | None = None
 
     def parts(self, layer: nn.Module) -> Parts:
+        """What is stored of the fused layer, made when it is first asked for; its loss is told then."""
         if self._parts is None:
             self._parts = fused_parts(layer, self.target)
             self._on_loss(self._path, weight_loss(layer, self.target, self._parts))
         return self._parts
 
     def forget(self) -> None:
+        """Drop what was made."""
         self._parts = None
 
 
@@ -96,6 +98,7 @@ class _ComparedEmbedding(_Compared):
         return mx.concatenate([base(tokens0), self.adapted(tokens1), weight])
 
     def as_linear(self, x: mx.array) -> mx.array:
+        """Logits of an embedding that is the head too, the thirds of x each by its own model."""
         base, (x0, x1, x2) = base_layer(self.adapted), _thirds(x)
         return mx.concatenate([base.as_linear(x0), self.adapted.as_linear(x1), self._product(x2, base)])
 

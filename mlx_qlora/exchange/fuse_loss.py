@@ -130,6 +130,7 @@ class _Told:
     done: int = 0
 
     def one(self) -> None:
+        """Another part is done."""
         self.done += 1
         if self.on_progress is not None:
             self.on_progress(self.done, self.total)

@@ -182,6 +182,8 @@ class _PendingLayer:
         self._parts: dict[str, mx.array] = {}
 
     def reader(self, leaf: str) -> Rows:
+        """Reads rows of one stored array; the layer is fused when the first are asked for."""
+
         def read(first: int, last: int) -> mx.array:
             if self._layer is not None:
                 self._parts = fused_parts(self._layer, self._target)

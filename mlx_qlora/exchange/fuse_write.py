@@ -86,7 +86,7 @@ def write_fused(
         if template_of(tokenizer_of(fusing.base)) != fusing.info.chat_template:
             write_text(folder / TEMPLATE, fusing.info.chat_template)
             copied = sorted({*copied, TEMPLATE})
-        files = ["config.json", INDEX, *copied]
+        files = {name: sha256_of(folder / name) for name in ("config.json", INDEX, *copied)}
         write_json(folder / MANIFEST, {**_manifest(fusing, plan, loss), "shards": shards, "files": files})
 
 

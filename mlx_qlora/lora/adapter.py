@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 from pydantic import ValidationError
 
@@ -20,9 +22,10 @@ from mlx_qlora.lora.dora import DoRALinear
 from mlx_qlora.lora.layers import lora_scale
 from mlx_qlora.lora.pissa import PiSSALinear, plain_update
 from mlx_qlora.storage import read_json, write_json, write_tensors
-from mlx_qlora.weights.shards import read_tensors
+from mlx_qlora.weights.shards import read_metadata, read_tensors
 
 WEIGHTS, CONFIG, OURS = "adapters.safetensors", "adapter_config.json", "mlx_qlora"
+DIGEST, INFO_DIGEST = "sha256", "mlx_qlora_sha256"
 FORMAT_VERSION = 1
 _BEGINNING = ("initial_a", "initial_b")
 
@@ -53,6 +56,21 @@ def text_sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def tensors_sha256(tensors: Mapping[str, mx.array]) -> str:
+    """Hexadecimal digest of tensors: name, type, shape and bytes of each."""
+    digest = hashlib.sha256()
+    for name, array in sorted(tensors.items()):
+        digest.update(f"{name} {array.dtype} {list(array.shape)}\n".encode())
+        digest.update(np.array(array.view(mx.uint8) if array.dtype == mx.bfloat16 else array).tobytes())
+    return digest.hexdigest()
+
+
+def _info_sha256(info: AdapterInfo) -> str:
+    """Of all but where the base is: people move models."""
+    tree = info.model_dump(mode="json", exclude={"model"})
+    return text_sha256(json.dumps(tree, sort_keys=True))
+
+
 def adapter_tensors(model: nn.Module) -> dict[str, mx.array]:
     """The trained tensors of a model, by path: ``….q_proj.lora_a`` (in, rank), ``….lora_b`` (rank, out).
 
@@ -75,7 +93,7 @@ def save_adapter(folder: Path, tensors: Mapping[str, mx.array], info: AdapterInf
     """
     tensors, info = as_shipped(tensors, info)
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / WEIGHTS, tensors, {"format": "mlx"})
+    write_tensors(folder / WEIGHTS, tensors, {"format": "mlx", DIGEST: tensors_sha256(tensors)})
     write_json(folder / CONFIG, _config_for_mlx_lm(tensors, info, num_layers))
 
 
@@ -115,6 +133,7 @@ def read_adapter_info(folder: Path) -> AdapterInfo:
     try:
         tree = read_json(folder / CONFIG)
         info = AdapterInfo.model_validate(tree[OURS])
+        digest = tree.get(INFO_DIGEST)
     except KeyError:
         raise AdapterError(
             "This adapter was not made by mlx_qlora: it does not say which base model it belongs to.",
@@ -126,6 +145,12 @@ def read_adapter_info(folder: Path) -> AdapterInfo:
             f"The adapter's configuration is broken: {error}", where=str(folder / CONFIG)
         ) from None
     info.check_template()
+    if digest is not None and digest != _info_sha256(info):
+        raise AdapterError(
+            "The adapter's configuration was changed or damaged after it was written.",
+            where=str(folder / CONFIG),
+            run=f"remove its key {INFO_DIGEST!r} if the change is yours",
+        )
     return info
 
 
@@ -147,10 +172,17 @@ def load_adapter(model: nn.Module, folder: Path, info: AdapterInfo, *, fingerpri
     try:
         attach(model, info.lora, seed=0)
         tensors = read_tensors(folder / WEIGHTS)
+        digest = read_metadata(folder / WEIGHTS).get(DIGEST)
     except MlxQloraError as error:
         raise AdapterError(
             f"The adapter does not load: {error.what}", where=error.where or str(folder)
         ) from None
+    if digest is not None and digest != tensors_sha256(tensors):
+        raise AdapterError(
+            "The adapter was damaged after it was written (the checksum of its tensors differs).",
+            where=str(folder / WEIGHTS),
+            run=f"mlx-qlora train --resume --adapter-path {folder}   # writes it again from its checkpoints",
+        )
     set_adapter_tensors(model, tensors, where=str(folder / WEIGHTS))
 
 
@@ -212,6 +244,7 @@ def _config_for_mlx_lm(tensors: Mapping[str, mx.array], info: AdapterInfo, num_l
             "keys": keys,
         },
         OURS: info.model_dump(mode="json"),
+        INFO_DIGEST: _info_sha256(info),
     }
 
 

@@ -30,6 +30,9 @@ from mlx_qlora.training.guard import StopRequest, stop_on_signals
 from mlx_qlora.training.launcher import Launcher, LocalLauncher, Started
 from mlx_qlora.training.run import CHECKPOINTS, with_absolute_paths
 
+LOST_PEER = "RuntimeError: [ring]"
+"""How a rank fails that did nothing wrong (mlx 0.32.4)."""
+
 
 @dataclass(frozen=True)
 class Patience:
@@ -175,7 +178,7 @@ class Attempt:
             wrong = self._wrong(started)
             if wrong is not None:
                 self._hear_last_words(server)
-                return wrong
+                return self._cause(started) or wrong
             if all(peer.ending is not None for peer in self.peers):
                 return None
 
@@ -318,6 +321,18 @@ class Attempt:
         until = time.monotonic() + self.patience.last_words
         while time.monotonic() < until and not all(peer.ending or peer.gone_at for peer in self.peers):
             self._read(server, seconds=0.05)
+
+    def _cause(self, started: Started) -> str | None:
+        """The rank that failed by itself: those that lost it fail too, perhaps sooner."""
+        codes = [None] * len(self.peers) if started.is_one_for_all else started.codes()
+        for rank, peer in enumerate(self.peers):
+            ending = peer.ending or {}
+            if ending.get("ending") == "fault" and not ending["what"].startswith(LOST_PEER):
+                return f"rank {rank} failed: {ending['what']}"
+        for rank, (peer, code) in enumerate(zip(self.peers, codes, strict=True)):
+            if peer.ending is None and (peer.gone_at or code is not None):
+                return f"rank {rank} ended without a word{_said(code)}"
+        return None
 
     def _judged(self, wrong: str | None, started: Started) -> RunFinished | str:
         endings = [peer.ending for peer in self.peers]

@@ -242,7 +242,7 @@ def _write(plan: _Plan, output: Path, on_bytes: OnBytes | None) -> None:
             "float32_scales": list(plan.wide),
             "tensors": [asdict(_imported(target)) for target in plan.targets],
             "shards": shards,
-            "files": ["config.json", INDEX, *files],
+            "files": {name: sha256_of(folder / name) for name in ("config.json", INDEX, *files)},
             "finished": True,
         }
         write_json(folder / MANIFEST, manifest)

@@ -12,11 +12,11 @@ import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 
 from mlx_qlora.config import ModelConfig, QuantizationConfig
-from mlx_qlora.errors import ConfigError, MlxQloraError, ModelError
+from mlx_qlora.errors import ConfigError, MlxQloraError, ModelError, WeightsError
 from mlx_qlora.quantization.nf4_layers import SCALES, NF4Embedding
 from mlx_qlora.quantization.policy import Recipe, recipe_of
 from mlx_qlora.quantization.schemes import Scheme
-from mlx_qlora.storage import cache_root, read_json
+from mlx_qlora.storage import cache_root, read_json, remove_folder
 from mlx_qlora.weights.bitsandbytes import is_bitsandbytes, load_bitsandbytes
 from mlx_qlora.weights.codebook import has_codebooks, load_codebooks
 from mlx_qlora.weights.offload import Offload, start_offload
@@ -26,6 +26,7 @@ from mlx_qlora.weights.shards import read_checkpoint
 from mlx_qlora.weights.source import ModelSource, fingerprint, resolve_model
 from mlx_qlora.weights.stream import OnBytes, quantize_checkpoint
 from mlx_qlora.weights.target import settle
+from mlx_qlora.weights.verification import verify_folder
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,13 @@ def load_base(
         recipe = None
     folder, identity = source.folder, source_fingerprint(source.folder)
     if recipe is not None:
-        skip = recipe.skip_modules
-        wanted = recipe.scheme if recipe == Recipe(recipe.scheme, skip) else recipe
-        folder = cache_folder(source, identity, wanted, skip)
-        quantize_checkpoint(source, folder, wanted, skip, on_bytes, replace_damaged=True)
+        folder, notes = _quantized_copy(source, identity, recipe, on_bytes)
+    else:
+        notes = verify_folder(folder)
     module, tokenizer, config = _load(folder, model.trust_remote_code)
     dtype = _dtype(model.dtype, module)
     _cast(module, dtype)
-    offload, notes = _offload(module, folder, model) if model.offload else (None, ())
+    offload, said = _offload(module, folder, model) if model.offload else (None, ())
     if offload is None:
         mx.eval(module.parameters())
     from mlx_lm.utils import get_total_parameters
@@ -94,8 +94,31 @@ def load_base(
         str(dtype).removeprefix("mlx.core."),
         get_total_parameters(module),
         offload,
-        notes,
+        (*notes, *said),
     )
+
+
+def _quantized_copy(
+    source: ModelSource, identity: str, recipe: Recipe, on_bytes: OnBytes | None
+) -> tuple[Path, tuple[str, ...]]:
+    """The folder in the user's cache, made when there is none; a damaged one is made anew, and that is said.
+
+    Returns:
+        The folder, and a line for whatever a person should know.
+    """
+    skip = recipe.skip_modules
+    wanted = recipe.scheme if recipe == Recipe(recipe.scheme, skip) else recipe
+    folder = cache_folder(source, identity, wanted, skip)
+    was_there = folder.exists()
+    quantize_checkpoint(source, folder, wanted, skip, on_bytes, replace_damaged=True)
+    if not was_there:
+        return folder, ()
+    try:
+        return folder, verify_folder(folder)
+    except WeightsError as error:
+        remove_folder(folder)
+        quantize_checkpoint(source, folder, wanted, skip, on_bytes)
+        return folder, (f"made anew in the cache: {error.what}",)
 
 
 def _offload(module: nn.Module, folder: Path, model: ModelConfig) -> tuple[Offload | None, tuple[str, ...]]:

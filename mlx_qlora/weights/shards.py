@@ -159,6 +159,19 @@ def read_tensors(path: Path) -> dict[str, mx.array]:
     return tensors
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts in a safetensors file's header; none where it has no such part.
+
+    Raises:
+        WeightsError: the file is broken.
+    """
+    read_header(path)
+    with path.open("rb") as file:
+        header, _ = _raw_header(file, path.stat().st_size)
+    found = header.get("__metadata__")
+    return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
+
+
 def lazy_tensors(path: Path) -> dict[str, mx.array]:
     """The tensors of one file, each read when it is first evaluated.
 

@@ -256,8 +256,8 @@ def _check_room(plan: QuantizationPlan, partial: Path, manifest: dict[str, Any])
         )
 
 
-def _write_small_files(source: ModelSource, plan: QuantizationPlan, partial: Path) -> list[str]:
-    """Tokenizer, templates, config.json and index; their names."""
+def _write_small_files(source: ModelSource, plan: QuantizationPlan, partial: Path) -> dict[str, str]:
+    """Tokenizer, templates, config.json and index; the digest of each."""
     ours = ("config.json", INDEX)
     copied = copy_small_files(source.folder, partial)
     from mlx_lm.utils import _encode_tagged_floats
@@ -271,7 +271,7 @@ def _write_small_files(source: ModelSource, plan: QuantizationPlan, partial: Pat
     }
     metadata = {"total_size": plan.output_bytes, "total_parameters": plan.num_parameters}
     write_json(partial / INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
-    return [*ours, *(path.name for path in copied)]
+    return {name: sha256_of(partial / name) for name in (*ours, *(path.name for path in copied))}
 
 
 def _tell(on_bytes: OnBytes | None, plan: QuantizationPlan, before: int, read: int) -> None:

@@ -85,11 +85,12 @@ def test_a_process_is_measured_alone_and_its_failure_ends_the_benchmark():
     script = "import time; print('head', flush=True); time.sleep(0.3); print('x' * 3); b = bytearray({})"
     small, large = (
         pairing.finished([sys.executable, "-c", script.format(size)], heading="head\n")
-        for size in (1, 256 * 1024**2)
+        for size in (1, 1024 * 1024**2)
     )
     assert small.output == "head\nxxx\n"
     assert 0.3 < small.first_output_seconds <= small.seconds
-    assert small.peak_rss_bytes < 256 * 1024**2 < large.peak_rss_bytes < 320 * 1024**2
+    # A process begins with the pages of whoever starts it, and this one may hold hundreds of megabytes.
+    assert small.peak_rss_bytes < 1024**3 < large.peak_rss_bytes < 1100 * 1024**2
     with pytest.raises(SystemExit, match="exit code 3"):
         pairing.finished([sys.executable, "-c", "import sys; sys.exit(3)"])
 

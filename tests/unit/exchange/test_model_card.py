@@ -309,7 +309,7 @@ def test_innocent_words_are_no_leak(text):
 
 
 def test_pieces_of_words_in_a_vocabulary_are_nobodys_home():
-    assert find_leaks("tokenizer.json", '"/home/travis"', is_vocabulary=True) == []
+    assert find_leaks("tokenizer.json", '"/home/ana"', is_vocabulary=True) == []
     assert find_leaks("tokenizer.json", SECRETS["github"], is_vocabulary=True)
 
 

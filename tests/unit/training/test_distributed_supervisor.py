@@ -133,6 +133,14 @@ def test_who_cannot_say_which_rank_it_is_did_not_start(ranks):
         ranks("hello(); fine(60)", *strangers)
 
 
+def test_the_rank_that_failed_by_itself_is_named_and_not_one_that_lost_it(ranks):
+    lost = (
+        "hello(); tell(ending='fault', what='RuntimeError: [ring] connection lost', trace=''); time.sleep(9)"
+    )
+    with pytest.raises(RankError, match=r"rank 1 ended without a word \(signal 6\)"):
+        ranks(lost, "hello(); time.sleep(0.1); os.abort()")
+
+
 @pytest.mark.slow
 def test_ranks_that_only_wait_for_each_other_are_a_broken_link(ranks):
     waits = "hello(); fine(60, exchanges=7, is_waiting=True)"

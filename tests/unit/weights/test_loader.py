@@ -205,14 +205,30 @@ def test_no_model_is_a_config_error():
         load_base(ModelConfig(), QuantizationConfig())
 
 
-def test_a_broken_copy_in_the_cache_is_a_weights_error_before_mlx_meets_it(model):
-    folder = load(model).folder
-    shard = folder / "model.safetensors"
-    data = bytearray(shard.read_bytes())
-    data[9] ^= 255
+@pytest.mark.parametrize("share", [0.0001, 0.5, 0.99])
+def test_a_bit_that_flipped_in_the_cache_is_found_said_and_mended(model, share):
+    first = load(model)
+    shard = first.folder / "model.safetensors"
+    whole = shard.read_bytes()
+    data = bytearray(whole)
+    data[9 + int(share * (len(data) - 9))] ^= 1
     shard.write_bytes(data)
-    with pytest.raises(WeightsError, match=r"model\.safetensors"):
-        load(model)
+    again = load(model)
+    assert again.folder == first.folder
+    assert any("made anew" in note and "model.safetensors" in note for note in again.notes)
+    assert shard.read_bytes() == whole
+    assert load(model).notes == ()
+
+
+def test_a_bit_that_flipped_in_a_folder_of_the_user_s_is_an_error_and_nothing_is_touched(model, tmp_path):
+    shutil.copytree(load(model).folder, tmp_path / "own")
+    shard = tmp_path / "own" / "model.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-5] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(WeightsError, match=r"checksum differs.*model\.safetensors"):
+        load(tmp_path / "own", scheme="none")
+    assert shard.read_bytes() == bytes(data)
 
 
 @pytest.mark.parametrize(
