@@ -100,7 +100,7 @@ class ProgressDisplay:
         self._steps_timed += 1
         self._recent.append(event)
         if event.skipped:
-            self._say(f"! Update skipped: loss or gradient is not finite (step {event.step})")
+            self._say(f"! Update {event.step} skipped: {event.diagnosis or 'loss or gradient is not finite'}")
         if self.is_terminal:
             self._draw(event)
         elif event.step % self.steps_per_report == 0 or event.step == self._total_steps:

@@ -48,7 +48,9 @@ class StepDone:
     seconds: float
     memory: MemorySample
     skipped: bool = False
-    """True when loss or gradient was not finite and nothing was updated."""
+    """True when loss or gradient was not finite, or there was none, and nothing was updated."""
+    diagnosis: str = ""
+    """Then: which micro-batch, and where in the model it began."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -118,7 +118,8 @@ def train(
         )  # so that run.yaml and the adapter name each layer's scheme
         base = load_base(config.model, config.quantization, on_bytes=on_bytes)
         dataset = load_dataset(config.data, base.tokenizer, config.training.seed)
-    attach_initialised(base, config.lora, config.training.seed, on_init_bytes, is_restored=is_begun)
+    with ranks.in_turn():  # what is decomposed is kept in files
+        attach_initialised(base, config.lora, config.training.seed, on_init_bytes, is_restored=is_begun)
     parts = _Parts(config, folder, base, dataset, tuple(observers), planned, on_prefix_bytes, ranks, monitor)
     with memory_limits(monitor.budget_bytes(parts.training.memory_budget_gib)):
         finished = _run(parts, resume=resume)

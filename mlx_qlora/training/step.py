@@ -32,6 +32,9 @@ class Outcome:
     """Of the mean gradient, before clipping."""
     skipped: bool
     """True when loss or gradient was not finite: nothing was updated."""
+    has_no_gradient: bool = False
+    """Whether a micro-batch of this rank has a loss and no gradient at all, as where a device failed and gave
+    zeros. It counts as not finite."""
 
 
 class TrainStep:
@@ -65,14 +68,17 @@ class TrainStep:
 
     def __call__(self, batches: Sequence[Batch], step: int, learning_rate: float) -> Outcome:
         """Do update `step` (counted from 1) at `learning_rate`."""
-        nll, grad, target_tokens = 0.0, None, 0
+        nll, grad, target_tokens, has_no_gradient = 0.0, None, 0, False
         tokens = sum(batch.tokens for batch in batches)
         for index, batch in enumerate(batches):
             inputs = self.objective.prepared(batch)
             part, part_grad = self._nll_and_grad(inputs, self._dropout_keys(step, index))
             grad = part_grad if grad is None else tree_map(mx.add, grad, part_grad)
-            mx.eval(part, grad)  # frees this micro-batch's activations
+            part_norm = global_norm(part_grad)
+            mx.eval(part, grad, part_norm)  # frees this micro-batch's activations
             nll, target_tokens = nll + number(part), target_tokens + batch.target_tokens
+            has_no_gradient |= number(part_norm) == 0 and number(part) > 0
+        nll = math.nan if has_no_gradient else nll
         if not self.ranks.is_alone:
             nll, grad, target_tokens, tokens = self._of_all_ranks(nll, grad, target_tokens, tokens)
         grad = tree_map(lambda g: g / max(target_tokens, 1), grad)
@@ -81,7 +87,7 @@ class TrainStep:
         is_finite = math.isfinite(nll) and math.isfinite(grad_norm) and target_tokens > 0
         if is_finite:
             self._update(clipped(grad, norm, self.config.max_grad_norm), learning_rate)
-        return Outcome(nll, target_tokens, tokens, grad_norm, skipped=not is_finite)
+        return Outcome(nll, target_tokens, tokens, grad_norm, not is_finite, has_no_gradient)
 
     def _of_all_ranks(
         self, nll: float, grad: Any, target_tokens: int, tokens: int

@@ -20,6 +20,7 @@ from mlx_qlora.objective.evaluate import evaluate
 from mlx_qlora.objective.loss import Objective
 from mlx_qlora.presets import GIB
 from mlx_qlora.training.checkpoint import Checkpoint, CheckpointStore, Progress
+from mlx_qlora.training.diagnosis import diagnose
 from mlx_qlora.training.distributed import ALONE, Ranks, fingerprint_of
 from mlx_qlora.training.distributed_checkpoint import SharedCheckpoints
 from mlx_qlora.training.events import (
@@ -123,7 +124,9 @@ class Trainer:
         started, step = time.perf_counter(), self.progress.step + 1
         mx.reset_peak_memory()
         rate = learning_rate_at(step, self.total_steps, self.config) * self.progress.learning_rate_factor
-        outcome = self.step(self.batches.step(step - 1), step, rate)
+        batches = self.batches.step(step - 1)
+        outcome = self.step(batches, step, rate)
+        diagnosis = self._diagnosed(outcome, batches) if outcome.skipped else ""
         self.progress = after(self.progress, outcome, starts_epoch=(step - 1) % self._epoch_steps == 0)
         sample = self.monitor.sample()
         self.emit(
@@ -139,11 +142,19 @@ class Trainer:
                 seconds=time.perf_counter() - started,
                 memory=sample,
                 skipped=outcome.skipped,
+                diagnosis=diagnosis,
             )
         )
         self._relieve(sample, step, is_short=self._agreed(sample))
         if self.progress.bad_in_a_row >= BAD_UPDATES_IN_A_ROW:
             self._roll_back()
+
+    def _diagnosed(self, outcome: Outcome, batches: Sequence[Batch]) -> str:
+        if outcome.has_no_gradient:
+            return (
+                "a gradient is exactly zero and its loss is not, as after an error that a GPU did not report"
+            )
+        return diagnose(self.objective, batches)
 
     def _agreed(self, sample: MemorySample) -> bool:
         """Whether memory is short on any rank; and what signal any of them was sent is kept."""

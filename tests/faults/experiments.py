@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.faults import kills, power, rows, storage
+from tests.faults import kills, numbers, power, rows, soak, storage
 from tests.faults.harness import PROJECT, Bench, Row, Scale
 
 
@@ -14,13 +14,16 @@ def _mutations(bench: Bench, scale: Scale) -> list[Row]:
 
 ALL: dict[str, Callable[[Bench, Scale], list[Row]]] = {
     "kill": kills.training,
+    "commands": kills.commands,
     "writes": storage.failing_writes,
     "power": power.losses,
     "full": storage.full_disk,
     "folders": storage.unusual_folders,
     "damage": storage.damage,
+    "numbers": numbers.injected,
     "data": _mutations,
     "lines": rows.line_numbers,
     "control": rows.control_tokens,
     "config": rows.configurations,
+    "soak": soak.flat,
 }

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tests.faults.harness import Bench, Row, Scale, finish, published, spread
+from tests.faults.harness import CLI, Bench, Row, Scale, finish, published, spread
 
 MAX_PROCESSES = 4000
 
@@ -119,7 +119,8 @@ def at_operations(
             row.note(f"operation {at} of {total}: was not killed, exit code {done.returncode}")
             continue
         again = finish(command(path), bench.environment())
-        if again.returncode:
+        is_there = "something here already" in again.stderr and is_right(path)  # killed when all was done
+        if again.returncode and not is_there:
             row.note(f"operation {at} of {total}: then exit code {again.returncode}: {again.stderr[-500:]}")
             continue
         left = [p.name for p in path.parent.iterdir() if p != path and p.name not in ("source", "data")]
@@ -174,3 +175,37 @@ def _after_signal(
 def _renewed(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
+
+
+def commands(bench: Bench, scale: Scale) -> list[Row]:
+    """SIGKILL at file operations of quantizing and of fusing: the same command gives a clean run's result."""
+    adapter = bench.folder / "adapter"
+    finish(bench.train_command(adapter), bench.environment())
+    quantize = ["quantize", str(bench.model), "--output"]
+    fuse = ["fuse", "--adapter-path", str(adapter), "--dequantize", "--output"]
+    rows = []
+    for name, arguments in (("quantize", quantize), ("fuse", fuse)):
+        clean = bench.folder / f"clean-{name}"
+        done = finish([*CLI, *arguments, str(clean)], bench.environment())
+        if done.returncode:
+            raise RuntimeError(done.stderr)
+        row = Row(
+            name, f"SIGKILL at a file operation of {name}", "the folder of a clean run, nothing beside it"
+        )
+        rows.append(
+            at_operations(
+                bench,
+                row,
+                min(scale.stages, 40),
+                prepare=lambda folder: folder / "output",
+                command=lambda output, arguments=arguments: [*CLI, *arguments, str(output)],
+                is_right=lambda output, clean=clean: _weights(output) == _weights(clean),
+            )
+        )
+    return rows
+
+
+def _weights(folder: Path) -> dict[str, bytes]:
+    return {
+        path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".safetensors", ".jinja")
+    }

@@ -30,7 +30,7 @@ def fuzz(served, num_requests):
     assert len(operations) == NUM_OPERATIONS
     statuses: dict[int, int] = {}
     for operation in operations:
-        share = 0.44 if operation.method == "post" else 0.03
+        share = 0.52 if operation.method == "post" else 0.01
         send_many(operation, served, max(2, round(num_requests * share)), statuses)
     return statuses
 
@@ -84,5 +84,5 @@ def test_requests_from_the_description_are_answered_as_it_says(served):
 def test_thousands_of_requests_from_the_description_are_answered_as_it_says(served):
     statuses = fuzz(served, THOROUGH)
     print(f"{sum(statuses.values())} requests: {dict(sorted(statuses.items()))}")
-    assert sum(statuses.values()) >= THOROUGH * 0.9
+    assert sum(statuses.values()) >= THOROUGH
     assert answered(served)
