@@ -25,6 +25,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/bandit -q -c pyproject.toml -r mlx_qlora
 
 # A benchmark's command is the first indented line of its own docstring.
 bench:

@@ -69,7 +69,7 @@ def _from_hub(name: str) -> Path:
 
     patterns = [f"{folder}*{suffix}" for folder in ("", "data/") for suffix in SUFFIXES]
     try:
-        folder = Path(snapshot_download(name, repo_type="dataset", allow_patterns=patterns))
+        folder = Path(snapshot_download(name, repo_type="dataset", allow_patterns=patterns))  # nosec B615
     except (errors.RepositoryNotFoundError, errors.HFValidationError, errors.GatedRepoError):
         raise DataError(
             "There is no such folder here, and no such data set on the hub that you may read.",

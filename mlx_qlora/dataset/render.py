@@ -13,6 +13,8 @@ from mlx_qlora.config import DataConfig
 from mlx_qlora.dataset.encoding import encoder_of, inner_of
 from mlx_qlora.dataset.records import Example, Message, Record
 from mlx_qlora.dataset.rows import BadRow
+from mlx_qlora.dataset.template_limits import check_template, time_limit
+from mlx_qlora.errors import ModelError
 
 DEFAULT_CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -231,10 +233,14 @@ def _after_space(text: str, begin: int) -> int:
 
 
 def _as_text(tokenizer: Any, messages: Sequence[Message], *, prompt: bool) -> str:
+    check_template(template_of(tokenizer))
     try:
-        return str(
-            tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
-        )
+        with time_limit():
+            return str(
+                tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+            )
+    except ModelError:
+        raise
     except Exception as error:  # whatever a template raises about roles and their order
         raise BadRow(f"the chat template refuses it: {error}") from None
 

@@ -50,7 +50,7 @@ def flat(bench: Bench, scale: Scale) -> list[Row]:
     row.note(_missing(adapter / "metrics.jsonl", steps))
     print(
         f"    footprint {_slope(table[:, 0] / MIB):+.3f} MiB, cache {_slope(table[:, 1] / MIB):+.3f} MiB, "
-        f"files {_slope(table[:, 2]):+.2f} per 100 steps; a step {first * 1000:.1f} ms, then {last * 1000:.1f}"
+        f"files {_slope(table[:, 2]):+.2f} per 100 steps; a step {first:.4f} s, then {last:.4f} s"
     )
     return [row]
 
