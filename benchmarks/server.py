@@ -54,6 +54,8 @@ LEAVES = 0.2
 """Of the streams, so many leave before their end."""
 SAMPLE_SECONDS = 0.5
 FLAT = 0.05
+PROMPT_CACHE_MIB = 48
+"""Of ours: full well before memory is looked at. The default, 256, takes minutes to fill, and grows till then."""
 
 
 @dataclass
@@ -196,7 +198,8 @@ def ours(model: Path, adapters: Sequence[Path], max_batch: int):
     port = free_port()
     pairs = [part for path in adapters for part in ("--adapter", f"{path.name}={path}")]
     command = [sys.executable, "-m", "mlx_qlora", "serve", "--model", str(model), "--port", str(port), *pairs,
-               "--max-batch", str(max_batch), "--max-queue", "512"]  # fmt: skip
+               "--max-batch", str(max_batch), "--max-queue", "512",
+               "--prompt-cache-mib", str(PROMPT_CACHE_MIB)]  # fmt: skip
     with running(command, port) as server:
         yield server
 
