@@ -65,6 +65,7 @@ class Terminal:
 
     def press(self, key: bytes) -> None:
         """Press Ctrl-C (3) or Ctrl-D (4)."""
+        time.sleep(0.3)  # a key in the very moment of the prompt is seen with the next one
         os.write(self.fd, key)
 
     def status(self) -> int:

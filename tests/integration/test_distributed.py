@@ -303,7 +303,8 @@ def test_a_sigterm_to_one_rank_stops_all_after_the_same_step(config, quiet, tmp_
         run_ranks(config, tmp_path / "adapter", launcher, seen)
     assert stopped.value.exit_code == 143
     last = max((tmp_path / "adapter" / "checkpoints").glob("step-*")).name
-    assert last in {"step-0000006", "step-0000007"}
+    # The step is told of before the ranks agree on signals: a quick one is seen after that very step.
+    assert last in {"step-0000005", "step-0000006", "step-0000007"}
     assert_nobody_is_left(launcher)
     run_ranks(config, tmp_path / "adapter", 2, resume=True)
     assert result(tmp_path / "adapter") == result(quiet(2)[0])

@@ -109,7 +109,7 @@ def quiet_run(tiny_llama_folder, data, tmp_path_factory):
     return files(adapter)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))])
 def test_killed_at_random_moments_and_resumed_it_ends_bit_identical(
     seed, tiny_llama_folder, data, quiet_run, tmp_path
 ):
@@ -136,7 +136,9 @@ def test_killed_at_random_moments_and_resumed_it_ends_bit_identical(
     assert steps_logged(adapter) == list(range(1, 31))
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_prints_the_resume_command_and_the_run_goes_on(
     number, code, tiny_llama_folder, data, quiet_run, tmp_path
 ):

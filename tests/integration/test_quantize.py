@@ -18,6 +18,7 @@ from mlx_qlora.weights.stream import quantize_checkpoint
 from tests.checkpoints import CONFIGS, make_checkpoint, raw, tensors_of
 
 REPOSITORY = Path(__file__).parents[2]
+SLOW = pytest.mark.slow
 INT8_G32 = Scheme("int8", "affine", 8, 32)
 SCHEMES = {
     "int4-g64": scheme_named("int4"),
@@ -134,6 +135,7 @@ def identities(folder):
     return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_ends_with_the_files_of_a_clean_run(checkpoints, tmp_path):
     source, output = checkpoints["llama-untied"], tmp_path / "out"
     partial, kept, shares = tmp_path / "out.partial", {}, [0.01, 0.35, 0.4, 0.8, 1.0]
@@ -173,7 +175,7 @@ runpy.run_module("mlx_qlora", run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("limit", [100, 5_000, 30_000])
+@pytest.mark.parametrize("limit", [100, pytest.param(5_000, marks=SLOW), pytest.param(30_000, marks=SLOW)])
 def test_a_full_disk_is_one_clear_error_and_the_same_command_goes_on(limit, checkpoints, tmp_path):
     source, output = checkpoints["qwen2"], tmp_path / "out"
     process = start(

@@ -43,6 +43,7 @@ def data_folder(material: Path, name: str, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["wwdc25", "faquad"])
 def test_forty_steps_lower_the_validation_loss_and_the_adapter_answers(name, material, quantized, tmp_path):
     data, adapter = data_folder(material, name, tmp_path), tmp_path / "adapter"
