@@ -19,6 +19,7 @@ from mlx_qlora.storage import sha256_of
 from mlx_qlora.weights import stream
 from mlx_qlora.weights.codebook import has_codebooks
 from mlx_qlora.weights.loader import load_base
+from mlx_qlora.weights.output_folder import MANIFEST
 from mlx_qlora.weights.source import fingerprint, resolve_model
 from mlx_qlora.weights.stream import quantize_checkpoint
 from tests.checkpoints import make_checkpoint, raw, tensors_of
