@@ -217,11 +217,13 @@ def _run(parts: _Parts, *, resume: bool) -> RunFinished:
         prefix.fill(on_bytes=parts.on_prefix_bytes, stop=stop, run=resume_command)
         first_tokens = trainer.progress.tokens
         trainer.run()
-    parts.base.model.eval()
-    finished = _finished(trainer, parts, seconds=time.perf_counter() - started, first_tokens=first_tokens)
-    emit(finished)
-    if ranks.is_first:
-        write_report(folder, parts.config, parts.dataset.report.lines())
+        parts.base.model.eval()
+        seconds = time.perf_counter() - started
+        finished = _finished(trainer, parts, seconds=seconds, first_tokens=first_tokens)
+        emit(finished)
+        # Asked to stop only now, the run ends as it would have.
+        if ranks.is_first:
+            write_report(folder, parts.config, parts.dataset.report.lines())
     return finished
 
 

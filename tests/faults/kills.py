@@ -162,7 +162,8 @@ def _after_signal(
 ) -> str | None:
     if "Traceback" in err and got == code:
         return f"a traceback: {err[-500:]}"
-    if got == code and "--resume" not in err:
+    has_saved = any(adapter.glob("checkpoints/step-*")) and not (adapter / "report.md").exists()
+    if got == code and has_saved and "--resume" not in err:
         return f"exit code {got} without the command that goes on: {err[-300:]}"
     if got not in (0, code, code - 128 and -(code - 128), 1):
         return f"exit code {got}: {err[-300:]}"

@@ -35,6 +35,7 @@ class Terminal:
         if self.pid == 0:
             os.chdir(cwd)
             os.environ["TERM"] = "dumb"
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test run in the background ignores it
             os.execv(sys.executable, [*COMMAND, *options])
         fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         self.shown, self.pending, self.raw = "", "", b""
@@ -65,7 +66,6 @@ class Terminal:
 
     def press(self, key: bytes) -> None:
         """Press Ctrl-C (3) or Ctrl-D (4)."""
-        time.sleep(0.3)  # a key in the very moment of the prompt is seen with the next one
         os.write(self.fd, key)
 
     def status(self) -> int:
