@@ -55,7 +55,7 @@ LEAVES = 0.2
 SAMPLE_SECONDS = 0.5
 FLAT = 0.05
 PROMPT_CACHE_MIB = 48
-"""Of ours: full well before memory is looked at. The default, 256, takes minutes to fill, and grows till then."""
+"""Of ours: full before memory is looked at. The default, 256, takes minutes to fill, and grows till then."""
 
 
 @dataclass
