@@ -102,7 +102,8 @@ def fuse(
     """
     started, adapter_path, output = time.perf_counter(), adapter_path.resolve(), output.resolve()
     info = read_adapter_info(adapter_path)
-    check_free_name(output)
+    with locked(output):  # a lock that a killed run left goes too
+        check_free_name(output)
     config = _model_config(info, model, revision, trust_remote_code)
     base = find_base(config, info.quantization, on_quantizing)
     fusing = Fusing(base, adapter_path, info, form or FuseFormat())

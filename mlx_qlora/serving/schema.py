@@ -9,6 +9,7 @@ misspelt ``max_token`` that is ignored gives a wrong answer that nobody notices.
 from __future__ import annotations
 
 import difflib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -107,7 +108,7 @@ class StreamOptions(Strict):
     """Accepted and ignored: no padding is sent."""
 
 
-class Generation(Strict):
+class Generation(Strict, ABC):
     """What both endpoints take. Temperature is 0 when not given, as in `mlx-qlora infer`."""
 
     NOT_SERVED: ClassVar = {
@@ -164,9 +165,9 @@ class Generation(Strict):
         return self.max_tokens
 
     @property
+    @abstractmethod
     def num_top_logprobs(self) -> int | None:
         """None for no log-probabilities at all."""
-        raise NotImplementedError
 
     @property
     def stops(self) -> tuple[str, ...]:

@@ -33,6 +33,9 @@ from mlx_qlora.training.run import CHECKPOINTS, with_absolute_paths
 LOST_PEER = "RuntimeError: [ring]"
 """How a rank fails that did nothing wrong (mlx 0.32.4)."""
 
+SETTLING_SECONDS = 1.0
+"""What a process may take to end after its connection did."""
+
 
 @dataclass(frozen=True)
 class Patience:
@@ -322,9 +325,21 @@ class Attempt:
         while time.monotonic() < until and not all(peer.ending or peer.gone_at for peer in self.peers):
             self._read(server, seconds=0.05)
 
+    def _settled_codes(self, started: Started) -> list[int | None]:
+        """Exit codes; a rank whose connection is gone gets a moment to have one."""
+        if started.is_one_for_all:
+            return [None] * len(self.peers)
+        until = time.monotonic() + SETTLING_SECONDS
+        while True:
+            codes = list(started.codes())
+            is_open = any(p.gone_at and code is None for p, code in zip(self.peers, codes, strict=True))
+            if not is_open or time.monotonic() > until:
+                return codes
+            time.sleep(0.02)
+
     def _cause(self, started: Started) -> str | None:
         """The rank that failed by itself: those that lost it fail too, perhaps sooner."""
-        codes = [None] * len(self.peers) if started.is_one_for_all else started.codes()
+        codes = self._settled_codes(started)
         for rank, peer in enumerate(self.peers):
             ending = peer.ending or {}
             if ending.get("ending") == "fault" and not ending["what"].startswith(LOST_PEER):

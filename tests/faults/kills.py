@@ -123,8 +123,7 @@ def at_operations(
         if again.returncode and not is_there:
             row.note(f"operation {at} of {total}: then exit code {again.returncode}: {again.stderr[-500:]}")
             continue
-        lock = f".{path.name}.lock"  # of no use to anybody, and in nobody's way
-        left = [p.name for p in path.parent.iterdir() if p != path and p.name != lock]
+        left = [p.name for p in path.parent.iterdir() if p != path]
         problem = None if is_right(path) else f"operation {at} of {total}: another result"
         row.note(problem or (f"operation {at} of {total}: left behind {left}" if left else None))
     return row

@@ -65,7 +65,12 @@ class Terminal:
         return self.until(until, seconds)
 
     def press(self, key: bytes) -> None:
-        """Press Ctrl-C (3) or Ctrl-D (4)."""
+        """Press Ctrl-C (3) or Ctrl-D (4), as late after a prompt as a person does.
+
+        Python's readline looks for a signal only once it waits for a key: one that comes between the
+        prompt's last character and that is seen at the next key.
+        """
+        time.sleep(0.5)
         os.write(self.fd, key)
 
     def status(self) -> int:

@@ -305,6 +305,7 @@ def test_a_sigterm_to_one_rank_stops_all_after_the_same_step(config, quiet, tmp_
     last = max((tmp_path / "adapter" / "checkpoints").glob("step-*")).name
     # The step is told of before the ranks agree on signals: a quick one is seen after that very step.
     assert last in {"step-0000005", "step-0000006", "step-0000007"}
+    assert f"Stopped after step {int(last[5:])} of" in str(stopped.value)
     assert_nobody_is_left(launcher)
     run_ranks(config, tmp_path / "adapter", 2, resume=True)
     assert result(tmp_path / "adapter") == result(quiet(2)[0])
