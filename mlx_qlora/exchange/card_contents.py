@@ -13,6 +13,7 @@ from mlx_qlora.exchange.card_secrets import find_leaks, private_texts
 from mlx_qlora.exchange.card_source import Publication
 from mlx_qlora.lora.adapter import CONFIG, OURS, WEIGHTS
 from mlx_qlora.storage import read_json
+from mlx_qlora.weights.links import check_links
 from mlx_qlora.weights.output_folder import MANIFEST
 
 CARD, PICTURE = "README.md", "loss.png"
@@ -62,8 +63,9 @@ def gather(publication: Publication) -> tuple[list[PublishedFile], list[str]]:
     """The files to publish, without the card, and the names in the folder that are left out.
 
     Raises:
-        MlxQloraError: a file cannot be read.
+        MlxQloraError: a file cannot be read, or is a link to one outside of the folder.
     """
+    check_links(publication.folder)
     patterns = [*_OF_BOTH, *(_OF_ADAPTER if publication.adapter else _OF_MODEL)]
     if publication.config.get("model_file") or publication.config.get("auto_map"):
         patterns.append("*.py")  # the model does not load without its code

@@ -12,7 +12,8 @@ import mlx.nn as nn
 
 from mlx_qlora.config import ModelConfig, QuantizationConfig
 from mlx_qlora.dataset import ensure_chat_template, render_prompt
-from mlx_qlora.errors import AdapterError, ConfigError
+from mlx_qlora.dataset.rows import BadRow
+from mlx_qlora.errors import AdapterError, ConfigError, DataError
 from mlx_qlora.lora.adapter import AdapterInfo, check_quantization, load_adapter, read_adapter_info
 from mlx_qlora.quantization.dense import dense_products
 from mlx_qlora.weights.loader import BaseModel, load_base
@@ -89,11 +90,18 @@ class Assistant:
         system: str | None = None,
         sampling: Sampling | None = None,
     ) -> Iterator[tuple[str, Answer]]:
-        """The answer to a conversation, piece by piece; with each piece, the whole answer so far."""
+        """The answer to a conversation, piece by piece; with each piece, the whole answer so far.
+
+        Raises:
+            DataError: the chat template refuses the conversation, or fails.
+        """
         system_prompt = (
             system if system is not None else (self.adapter.system_prompt if self.adapter else None)
         )
-        prompt = render_prompt(self.tokenizer, list(messages), system_prompt)
+        try:
+            prompt = render_prompt(self.tokenizer, list(messages), system_prompt)
+        except BadRow as error:
+            raise DataError(f"This cannot be asked: {error}", where=self.base.source.name) from None
         yield from generate_pieces(self.model, self.tokenizer, prompt, sampling or Sampling())
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from mlx_qlora.errors import ModelError
 from mlx_qlora.storage import cache_root
+from mlx_qlora.weights.links import check_links
 from mlx_qlora.weights.shards import TensorInfo, read_checkpoint
 
 PATTERNS = [
@@ -22,8 +23,10 @@ PATTERNS = [
     "*.tiktoken",
     "*.txt",
     "*.jinja",
+    "README.md",
 ]
-"""What is fetched from the hub: never pickle, and code only when it is trusted."""
+"""What is fetched from the hub: never pickle, and code only when it is trusted. README.md names the licence,
+which a card of ours hands on."""
 
 ADAPTER_PATTERNS = ["adapters.safetensors", "adapter_config.json"]
 
@@ -70,7 +73,7 @@ def resolve_model(
 
     Raises:
         ModelError: not found, not allowed, of an unknown architecture, in need of its own code, or
-            without safetensors.
+            without safetensors; or it has a link to somebody else's file.
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -85,6 +88,7 @@ def resolve_model(
         )
     else:
         folder, name = _from_hub(model, revision, trust_remote_code, needs_weights), model
+    check_links(folder)
     config = _read_config(folder)
     _check_code(config, folder, trust_remote_code)
     _check_architecture(config, folder)

@@ -52,8 +52,8 @@ def main(
             found = experiment(bench, scale)
             for row in found:
                 _say(f"  {row.fault}: {row.tried} tried, {len(row.lost)} lost")
-                for problem in row.lost[:5]:
-                    _say(f"    {problem}")
+                for problem in row.lost[:30]:
+                    _say(f"    {problem.splitlines()[0]}")
             rows += found
             shutil.rmtree(folder, ignore_errors=True)
     _say(f"{(time.monotonic() - started) / 60:.1f} minutes")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.faults import kills, numbers, power, rows, soak, storage
+from tests.faults import hostile, kills, numbers, power, ranks, rows, soak, storage
 from tests.faults.harness import PROJECT, Bench, Row, Scale
 
 
@@ -25,5 +25,7 @@ ALL: dict[str, Callable[[Bench, Scale], list[Row]]] = {
     "lines": rows.line_numbers,
     "control": rows.control_tokens,
     "config": rows.configurations,
+    "hostile": hostile.files,
+    "ranks": ranks.faults,
     "soak": soak.flat,
 }

@@ -132,7 +132,7 @@ def finish(command: Sequence[str], environment: dict[str, str]) -> subprocess.Co
 def said_badly(done: subprocess.CompletedProcess[str], code: int = 2) -> str | None:
     """What is wrong with how a command failed: it must end with `code`, one clear error, no traceback."""
     if "Traceback (most recent call last)" in done.stderr:
-        return f"a traceback:\n{done.stderr[-1500:]}"
+        return f"a traceback: {done.stderr.strip().splitlines()[-1]}\n{done.stderr[-1500:]}"
     if done.returncode != code:
         return f"exit code {done.returncode}, not {code}: {done.stderr[-300:]}"
     return None if "error:" in done.stderr else f"no error was said: {done.stderr[-300:]}"

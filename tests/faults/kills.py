@@ -203,7 +203,41 @@ def commands(bench: Bench, scale: Scale) -> list[Row]:
                 is_right=lambda output, clean=clean: _weights(output) == _weights(clean),
             )
         )
+        rows.append(_command_kills(bench, name, scale.signals, [*CLI, *arguments], clean))
     return rows
+
+
+def _command_kills(bench: Bench, name: str, count: int, command: Sequence[str], clean: Path) -> Row:
+    """At random instants, then again; most are between file operations."""
+    row = Row(name, f"SIGKILL at a random instant of {name}", "the folder of a clean run, nothing beside it")
+    folder, rng = bench.folder / "instants", random.Random(3)
+    _renewed(folder)
+    started = time.monotonic()
+    finish([*command, str(folder / "output")], bench.environment())
+    seconds = time.monotonic() - started
+    while row.tried < count:
+        _renewed(folder)
+        output = folder / "output"
+        process = subprocess.Popen(
+            [*command, str(output)],
+            env=bench.environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            process.wait(rng.uniform(0.05, seconds))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        if output.exists():
+            problem = None if _weights(output) == _weights(clean) else "a folder that is not whole"
+        else:
+            again = finish([*command, str(output)], bench.environment())
+            is_right = again.returncode == 0 and _weights(output) == _weights(clean)
+            problem = None if is_right else f"exit code {again.returncode}: {again.stderr[-300:]}"
+        left = [path.name for path in folder.iterdir() if path != output]
+        row.note(problem or (f"left behind {left}" if left and not output.exists() else None))
+    return row
 
 
 def _weights(folder: Path) -> dict[str, bytes]:

@@ -198,6 +198,7 @@ def damage(bench: Bench, scale: Scale) -> list[Row]:
         _damaged_checkpoints(bench, scale, wanted),
         _damaged(bench, scale, "adapter", bench.folder / "quiet", _ask_adapter),
         _damaged(bench, scale, "quantized model", _quantized(bench), _ask_model),
+        _damaged_hidden_states(bench),
     ]
 
 
@@ -253,6 +254,30 @@ def _damaged(bench: Bench, scale: Scale, what: str, folder: Path, ask) -> Row:
         else:
             problem = said_badly(done)
         row.note(_named(f"{how.__name__} {file.name}", problem))
+    return row
+
+
+def _damaged_hidden_states(bench: Bench) -> Row:
+    """The frozen prefix that a run keeps on disk; another run finds it harmed."""
+    row = Row(
+        "cached hidden states",
+        "a bit flipped, or a file cut",
+        "computed anew; the run ends with the same adapter",
+    )
+    options = ("--set", "training.cache_frozen_prefix=true", "--set", "lora.num_layers=1")
+    quiet = bench.folder / "prefix-quiet"
+    finish(bench.train_command(quiet, *options), bench.environment())
+    wanted = published(quiet)
+    (cache,) = (bench.folder / "cache" / "frozen-prefix").iterdir()
+    for name in ("hidden.bin", "manifest.json"):
+        for how in _HARMS:
+            how(cache / name)
+            adapter = bench.folder / "prefix"
+            done = finish(bench.train_command(adapter, *options), bench.environment())
+            is_right = done.returncode == 0 and published(adapter) == wanted
+            problem = None if is_right else f"exit code {done.returncode}: {done.stderr[-300:]}"
+            row.note(_named(f"{how.__name__} {name}", problem))
+            shutil.rmtree(adapter, ignore_errors=True)
     return row
 
 
