@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from functools import cache, lru_cache
 from typing import Any
 
+import psutil
+
 from mlx_qlora.errors import ModelError
 
 TEMPLATE_BYTES = 1024**2
@@ -22,11 +24,18 @@ TEMPLATE_BYTES = 1024**2
 LIMIT_SECONDS = 10.0
 """For one conversation; rendering one takes less than a millisecond."""
 
+LIMIT_BYTES = 256 * 1024**2
+"""By which the process may grow meanwhile, as far as a look every few milliseconds sees it."""
+
 LARGEST_NUMBER = 1_000_000
 
 
 class _TimeIsUpError(BaseException):
     """Raised inside of a template; no template can catch it."""
+
+
+class _MemoryIsUpError(_TimeIsUpError):
+    """The same, for memory."""
 
 
 @lru_cache(maxsize=64)
@@ -79,7 +88,7 @@ def _transformers_extensions() -> tuple[Any, ...]:
 
 @contextmanager
 def time_limit(seconds: float = LIMIT_SECONDS) -> Iterator[None]:
-    """Stop what runs inside, Python code of this thread, when its time is up.
+    """Stop what runs inside, Python code of this thread, when its time is up, or its memory.
 
     Raises:
         ModelError: it was.
@@ -88,6 +97,8 @@ def time_limit(seconds: float = LIMIT_SECONDS) -> Iterator[None]:
     _WATCHDOG.watch(deadline)
     try:
         yield
+    except _MemoryIsUpError:
+        raise ModelError(f"The chat template took more than {LIMIT_BYTES // 1024**2} MiB.") from None
     except _TimeIsUpError:
         raise ModelError(f"The chat template ran for more than {seconds:g} seconds.") from None
     finally:
@@ -99,17 +110,20 @@ class _Deadline:
 
     def __init__(self, thread: int, at: float) -> None:
         self.thread, self.at = thread, at
+        self.most_bytes: int | None = None
+        """Of the process; known from the first look on, which few conversations live to see."""
 
 
 class _Watchdog:
-    """One thread that looks at all deadlines, a few times a second; it runs only while there are any."""
+    """One thread that looks at all deadlines again and again; it runs only while there are any."""
 
-    PERIOD_SECONDS = 0.2
+    PERIOD_SECONDS = 0.01
 
     def __init__(self) -> None:
         self._lock = threading.Condition()
         self._deadlines: list[_Deadline] = []
         self._thread: threading.Thread | None = None
+        self._process = psutil.Process()
 
     def watch(self, deadline: _Deadline) -> None:
         """Begin to."""
@@ -134,12 +148,15 @@ class _Watchdog:
             with self._lock:
                 while not self._deadlines:
                     self._lock.wait()
-                now = time.monotonic()
-                for deadline in [each for each in self._deadlines if each.at <= now]:
-                    self._deadlines.remove(deadline)
-                    ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                        ctypes.c_ulong(deadline.thread), ctypes.py_object(_TimeIsUpError)
-                    )
+                now, used = time.monotonic(), self._process.memory_info().rss
+                for deadline in list(self._deadlines):
+                    deadline.most_bytes = deadline.most_bytes or used + LIMIT_BYTES
+                    if deadline.at <= now or used > deadline.most_bytes:
+                        error = _TimeIsUpError if deadline.at <= now else _MemoryIsUpError
+                        self._deadlines.remove(deadline)
+                        ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                            ctypes.c_ulong(deadline.thread), ctypes.py_object(error)
+                        )
             time.sleep(self.PERIOD_SECONDS)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,13 +22,13 @@ from mlx_qlora.exchange.fuse_write import (
     check_free_name,
     check_room,
     sweep,
-    tokenizer_of,
     write_fused,
 )
 from mlx_qlora.lora.adapter import AdapterInfo, read_adapter_info
 from mlx_qlora.weights.output_folder import locked
 from mlx_qlora.weights.plan import QuantizationPlan
 from mlx_qlora.weights.stream import SHARD_BYTES, OnBytes
+from mlx_qlora.weights.tokenizer import read_tokenizer
 
 
 class LossError(MlxQloraError):
@@ -102,7 +103,8 @@ def fuse(
     """
     started, adapter_path, output = time.perf_counter(), adapter_path.resolve(), output.resolve()
     info = read_adapter_info(adapter_path)
-    with locked(output):  # a lock that a killed run left goes too
+    # A lock that a killed run left goes too; where nothing is yet, no folder is made for looking.
+    with locked(output) if output.parent.is_dir() else nullcontext():
         check_free_name(output)
     config = _model_config(info, model, revision, trust_remote_code)
     base = find_base(config, info.quantization, on_quantizing)
@@ -172,7 +174,7 @@ def _measured(fusing: Fusing, measuring: Measuring, on_layer: Callable[[int, int
 
 
 def _sample(fusing: Fusing, measuring: Measuring) -> Sample:
-    tokenizer = tokenizer_of(fusing.base)
+    tokenizer = read_tokenizer(fusing.base.folder)
     if measuring.data is None:
         return text_sample(tokenizer)
     return validation_sample(measuring.data, tokenizer, fusing.info, measuring.max_tokens)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_qlora.dataset.render import template_of
-from mlx_qlora.errors import ModelError, StorageError
+from mlx_qlora.errors import StorageError
 from mlx_qlora.exchange.fuse_base import FuseBase
 from mlx_qlora.exchange.fuse_plan import FuseFormat
 from mlx_qlora.exchange.fuse_report import FuseLoss
@@ -19,6 +19,7 @@ from mlx_qlora.weights.output_folder import MANIFEST, copy_small_files
 from mlx_qlora.weights.plan import QuantizationPlan
 from mlx_qlora.weights.shards import INDEX
 from mlx_qlora.weights.stream import SPARE_BYTES, OnBytes, write_shard
+from mlx_qlora.weights.tokenizer import read_tokenizer
 
 FORMAT_VERSION = 1
 TEMPLATE = "chat_template.jinja"
@@ -32,22 +33,6 @@ class Fusing:
     adapter_path: Path
     info: AdapterInfo
     form: FuseFormat
-
-
-def tokenizer_of(base: FuseBase) -> Any:
-    """The base's tokenizer, mlx-lm's wrapper.
-
-    Raises:
-        ModelError: it cannot be loaded.
-    """
-    from mlx_lm.utils import load_tokenizer
-
-    try:
-        return load_tokenizer(base.folder)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(
-            f"The model's tokenizer cannot be loaded: {error}", where=str(base.folder)
-        ) from error
 
 
 def write_fused(
@@ -83,7 +68,7 @@ def write_fused(
         metadata = {"total_size": plan.output_bytes, "total_parameters": plan.num_parameters}
         write_json(folder / INDEX, {"metadata": metadata, "weight_map": weight_map})
         copied = [path.name for path in copy_small_files(fusing.base.folder, folder)]
-        if template_of(tokenizer_of(fusing.base)) != fusing.info.chat_template:
+        if template_of(read_tokenizer(fusing.base.folder)) != fusing.info.chat_template:
             write_text(folder / TEMPLATE, fusing.info.chat_template)
             copied = sorted({*copied, TEMPLATE})
         files = {name: sha256_of(folder / name) for name in ("config.json", INDEX, *copied)}

@@ -27,6 +27,7 @@ from mlx_qlora.exchange.gguf_sentencepiece import (
 from mlx_qlora.weights.gguf_file import GgufFile
 from mlx_qlora.weights.gguf_tokenizer import build_tokenizer
 from mlx_qlora.weights.source import ModelSource
+from mlx_qlora.weights.tokenizer import read_tokenizer
 
 _PREFIX = "tokenizer.ggml."
 _ADDED_SCORE, _PAD_SCORE = -1000.0, -10000.0
@@ -68,11 +69,9 @@ class _Tokenizer:
     """The tokenizer that mlx-lm would use, and the JSON it is."""
 
     def __init__(self, source: ModelSource, layout: Layout) -> None:
-        from mlx_lm.utils import load_tokenizer
-
         self.source, self.layout, self.where = source, layout, str(source.folder / "tokenizer.json")
+        self.own = read_tokenizer(source.folder)._tokenizer
         try:
-            self.own = load_tokenizer(source.folder)._tokenizer
             self.tree = json.loads(self.own.backend_tokenizer.to_str())
         except Exception as error:  # whatever transformers makes of files it does not expect
             raise ModelError(

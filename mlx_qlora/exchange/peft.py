@@ -42,6 +42,7 @@ from mlx_qlora.weights.loader import source_fingerprint
 from mlx_qlora.weights.plan import skeleton
 from mlx_qlora.weights.shards import TensorInfo, read_header, read_tensors
 from mlx_qlora.weights.source import ModelSource, resolve_model
+from mlx_qlora.weights.tokenizer import read_tokenizer
 
 TEMPLATE = "chat_template.jinja"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -231,14 +232,7 @@ def _template(folder: Path, source: ModelSource) -> str:
             return path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise AdapterError(f"The chat template cannot be read: {error}", where=str(path)) from None
-    from mlx_lm.utils import load_tokenizer
-
-    try:
-        return ensure_chat_template(load_tokenizer(source.folder))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise AdapterError(
-            f"The base model's tokenizer cannot be loaded: {error}", where=str(source.folder)
-        ) from None
+    return ensure_chat_template(read_tokenizer(source.folder))
 
 
 def _check_output(output: Path) -> None:

@@ -24,6 +24,7 @@ from mlx_qlora.training.model_shape import MicroBatch, planned_model, planned_ob
 from mlx_qlora.weights.offload_plan import WEIGHTS_SHARE
 from mlx_qlora.weights.plan import skeleton
 from mlx_qlora.weights.source import ModelSource, resolve_model
+from mlx_qlora.weights.tokenizer import read_tokenizer
 
 MAX_UPDATES_LOOKED_AT = 2000
 """The largest micro-batch is looked for in the first so many updates of each run."""
@@ -162,9 +163,7 @@ def work_of(config: RunConfig) -> Work | None:
     source = config_source(config)
     if config.data.path is None or not any(source.folder.glob("tokenizer*")):
         return None
-    from mlx_lm.utils import load_tokenizer
-
-    dataset = load_dataset(config.data, load_tokenizer(source.folder), config.training.seed)
+    dataset = load_dataset(config.data, read_tokenizer(source.folder), config.training.seed)
     training = config.training
     layout = _layout(skeleton(source), config)
     batches = Batches(

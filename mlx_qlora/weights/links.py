@@ -26,7 +26,8 @@ def check_links(folder: Path) -> None:
         if not path.is_symlink() or path.suffix in TENSOR_SUFFIXES:
             continue
         target = path.resolve()
-        if not target.is_relative_to(here) and not (here.parent.name == "snapshots" and target.parent == blobs):
+        is_blob = here.parent.name == "snapshots" and target.parent == blobs
+        if not is_blob and not target.is_relative_to(here):
             raise ModelError(
                 f"{path.name} is a link to a file outside of the folder, {target}, which is not followed.",
                 where=str(folder),

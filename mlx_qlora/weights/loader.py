@@ -26,6 +26,7 @@ from mlx_qlora.weights.shards import read_checkpoint
 from mlx_qlora.weights.source import ModelSource, fingerprint, resolve_model
 from mlx_qlora.weights.stream import OnBytes, quantize_checkpoint
 from mlx_qlora.weights.target import settle
+from mlx_qlora.weights.tokenizer import read_tokenizer
 from mlx_qlora.weights.verification import verify_folder
 
 
@@ -163,7 +164,7 @@ def cache_folder(
 
 
 def _load(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, Any, dict[str, Any]]:
-    from mlx_lm.utils import load_config, load_model, load_tokenizer
+    from mlx_lm.utils import load_config, load_model
 
     read_checkpoint(folder)  # MLX must not meet a broken file
     try:
@@ -180,11 +181,7 @@ def _load(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, Any, dict[s
         raise ModelError(
             f"mlx-lm cannot load the model: {type(error).__name__}: {error}", where=str(folder)
         ) from error
-    try:
-        tokenizer = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"The model's tokenizer cannot be loaded: {error}", where=str(folder)) from error
-    return module, tokenizer, config
+    return module, read_tokenizer(folder, config.get("eos_token_id")), config
 
 
 def _dtype(wanted: str, module: nn.Module) -> mx.Dtype:

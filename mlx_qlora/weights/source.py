@@ -31,6 +31,8 @@ which a card of ours hands on."""
 ADAPTER_PATTERNS = ["adapters.safetensors", "adapter_config.json"]
 
 _SAMPLE_BYTES = 4096
+MOST_LAYERS = 10_000
+_COUNT = re.compile(r"(layers?|blocks|experts|depth)$")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -90,6 +92,7 @@ def resolve_model(
         folder, name = _from_hub(model, revision, trust_remote_code, needs_weights), model
     check_links(folder)
     config = _read_config(folder)
+    _check_size(config, folder)
     _check_code(config, folder, trust_remote_code)
     _check_architecture(config, folder)
     if needs_weights:
@@ -238,6 +241,17 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ModelError("config.json does not say which architecture this is (model_type).", where=str(path))
     return config
+
+
+def _check_size(config: dict[str, Any], folder: Path) -> None:
+    """Layers and experts are built one by one, before a single tensor is read."""
+    text = config.get("text_config")
+    for tree in (config, text if isinstance(text, dict) else {}):
+        for key, value in tree.items():
+            if _COUNT.search(key) and isinstance(value, int) and value > MOST_LAYERS:
+                raise ModelError(
+                    f"{key} is {value}: no model has so many.", where=str(folder / "config.json")
+                )
 
 
 def _check_code(config: dict[str, Any], folder: Path, trust_remote_code: bool) -> None:

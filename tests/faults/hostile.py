@@ -306,7 +306,7 @@ _CONFIGS = {
     "YAML that imports": "training: !!python/name:os.system\n",
     "YAML with a billion laughs": _BOMB + "training: {max_steps: *a9}\n",
     "YAML nested deeply": "training: " + "[" * 20_000 + "]" * 20_000 + "\n",
-    "YAML that refers to itself": "training: &x {max_steps: *x}\n",
+    "YAML that refers to itself": "training: &x {seed: *x}\n",
     "YAML that is a list": "- a\n- b\n",
     "YAML with control characters": "training: {seed: \x00\x07}\n",
     "YAML of two documents": "a: 1\n---\nb: 2\n",

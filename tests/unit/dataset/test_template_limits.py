@@ -71,6 +71,18 @@ def test_a_template_that_loops_is_stopped_and_the_thread_goes_on(tokenizer, monk
     assert render_prompt(tokenizer, QUESTION)
 
 
+def test_a_template_that_doubles_its_text_is_stopped_long_before_it_fills_the_machine(tokenizer):
+    doubling = (
+        "{% set x = namespace(v='xx') %}{% for i in range(40) %}{% for j in range(3000) %}{% endfor %}"
+        "{% set x.v = x.v ~ x.v %}{% endfor %}{{ x.v | length }}"
+    )
+    tokenizer._tokenizer.chat_template = doubling
+    with pytest.raises(ModelError, match="more than 256 MiB"):
+        render_prompt(tokenizer, QUESTION)
+    tokenizer._tokenizer.chat_template = CHATML
+    assert render_prompt(tokenizer, QUESTION)
+
+
 def loop_for_ever():
     with time_limit(0.2):
         while True:

@@ -73,6 +73,16 @@ def test_a_strange_architecture_imports_nothing(model, model_type):
     assert "is not known" in refused(model)
 
 
+@pytest.mark.parametrize("key", ["num_hidden_layers", "n_layer", "num_local_experts", "encoder_layers"])
+def test_a_configuration_of_a_million_layers_is_refused_before_they_are_built(model, key):
+    edit_config(model, **{key: 10_000})
+    resolve_model(str(model))
+    edit_config(model, **{key: 10_001})
+    assert f"{key} is 10001" in refused(model)
+    edit_config(model, **{key: 2, "text_config": {key: 2**31}})
+    assert "no model has so many" in refused(model)
+
+
 def test_own_code_needs_trust(model):
     edit_config(model, model_type="mine", model_file="mine.py")
     assert "--trust-remote-code" in refused(model)
