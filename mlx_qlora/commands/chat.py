@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
-import unicodedata
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mlx_qlora.commands.infer import newest_adapter
 from mlx_qlora.commands.options import Offload, OffloadBudget, stored_as
 from mlx_qlora.commands.output import Json, on_bytes, print_json, say
+from mlx_qlora.commands.terminal import AnswerWriter, piped_lines, stop_on_ctrl_c, typed_lines
 from mlx_qlora.errors import ConfigError, Interrupted, MlxQloraError
 
 if TYPE_CHECKING:
@@ -106,9 +104,6 @@ def chat(
         raise ConfigError(f"{session.failed} of the lines could not be carried out; see above.")
 
 
-_JOINER = "\u200d"  # between the parts of one emoji
-
-
 class Session:
     """Lines in, answers out, until the lines end.
 
@@ -142,7 +137,7 @@ class Session:
         if self.is_interactive:
             self._greet()
         try:
-            for line in _typed_lines() if self.is_interactive else _piped_lines(sys.stdin):
+            for line in typed_lines() if self.is_interactive else piped_lines(sys.stdin):
                 if line.strip() in ("/exit", "/quit"):
                     return
                 self._take(line)
@@ -193,8 +188,8 @@ class Session:
         self._commands[name](rest.strip())
 
     def _answer(self, question: str) -> None:
-        writer, reply = _Writer(self._out, is_silent=self._is_silent), None
-        with _stop_on_ctrl_c() as is_stopped:
+        writer, reply = AnswerWriter(self._out, is_silent=self._is_silent), None
+        with stop_on_ctrl_c() as is_stopped:
             for piece, so_far in self.talk.ask(question, should_stop=is_stopped):
                 if reply is None and so_far.dropped_pairs:
                     self._say(f"(the context is full: {_dropped(so_far.dropped_pairs)})")
@@ -259,141 +254,6 @@ class Session:
     def _say(self, text: str) -> None:
         if not self._is_silent:
             say(text)
-
-
-class _Writer:
-    """Writes an answer as it comes; on a terminal no word is broken and nothing but text is let through."""
-
-    def __init__(self, out: TextIO, *, is_silent: bool) -> None:
-        self.out, self.is_silent = out, is_silent
-        self.width = _width(out)
-        self.column, self.gap, self.word = 0, 0, ""
-        self.has_begun = False
-
-    def write(self, piece: str) -> None:
-        """Take a piece of the answer; what stands before its first word is left out."""
-        piece = piece if self.has_begun else piece.lstrip()
-        if self.is_silent or not piece:
-            return
-        self.has_begun = True
-        if not self.width:
-            self.out.write(piece)
-        for part in re.split(r"(\s)", piece) if self.width else ():
-            self._on_terminal(part)
-        self.out.flush()
-
-    def end(self) -> None:
-        """The answer is whole: what is held back, and the end of the line."""
-        if self.has_begun:
-            self._put_word()
-            self.out.write("\n")
-            self.out.flush()
-
-    def _on_terminal(self, part: str) -> None:
-        if not part.isspace():
-            # A model may write an escape sequence; a terminal must not carry it out.
-            self.word += "".join(
-                c for c in part if unicodedata.category(c) not in ("Cc", "Cf") or c == _JOINER
-            )
-            return
-        self._put_word()
-        if part == "\n":
-            self._break()
-        else:
-            self.gap += 1
-
-    def _put_word(self) -> None:
-        if not self.word:
-            return
-        length = sum(_columns(character) for character in self.word)
-        if self.column and self.column + self.gap + length > self.width:
-            self._break()
-        self.out.write(" " * self.gap + self.word)
-        self.column += self.gap + length
-        self.word, self.gap = "", 0
-
-    def _break(self) -> None:
-        self.out.write("\n")
-        self.column, self.gap = 0, 0
-
-
-def _width(out: TextIO) -> int:
-    """Columns of a terminal, now: a window changes its size, and COLUMNS may be another's. 0 for a file."""
-    if not out.isatty():
-        return 0
-    with suppress(OSError):
-        return os.get_terminal_size(out.fileno()).columns or 80
-    return 80
-
-
-def _columns(character: str) -> int:
-    if unicodedata.combining(character) or unicodedata.category(character) in ("Cf", "Mn"):
-        return 0
-    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
-
-
-def _typed_lines() -> Iterator[str]:
-    """What a person types, with line editing and this session's history; two Ctrl-C in a row end it."""
-    with suppress(ImportError):
-        import readline  # noqa: F401  # input() edits lines from now on
-    can_prompt = sys.stdout.isatty()
-    lines, was_interrupted = list[str](), False
-    while True:
-        try:
-            line = input(("… " if lines else "> ") if can_prompt else "")
-        except EOFError:
-            say()
-            return
-        except KeyboardInterrupt:
-            if was_interrupted:
-                say()
-                return
-            say("\n(Ctrl-C again, or Ctrl-D, ends)")
-            lines, was_interrupted = [], True
-            continue
-        except UnicodeDecodeError:
-            say("(this is no UTF-8 text)")
-            continue
-        was_interrupted = False
-        lines.append(line.removesuffix("\\"))
-        if not line.endswith("\\"):
-            yield "\n".join(lines)
-            lines = []
-
-
-def _piped_lines(file: TextIO) -> Iterator[str]:
-    """The lines of a file or pipe, those that end in a backslash joined with the next."""
-    lines = list[str]()
-    try:
-        for line in file:
-            text = line.rstrip("\r\n").removeprefix("\ufeff")
-            lines.append(text.removesuffix("\\"))
-            if not text.endswith("\\"):
-                yield "\n".join(lines)
-                lines = []
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"The questions are no UTF-8 text: {error.reason}.") from None
-    except KeyboardInterrupt:
-        raise Interrupted("stopped", signal_number=signal.SIGINT) from None
-    if lines:
-        yield "\n".join(lines)
-
-
-@contextmanager
-def _stop_on_ctrl_c() -> Iterator[Callable[[], bool]]:
-    """While this is open Ctrl-C only asks; what is given back tells whether it did. A second interrupts."""
-    asked = list[int]()
-
-    def ask(number: int, frame: Any) -> None:
-        if asked:
-            signal.default_int_handler(number, frame)
-        asked.append(number)
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield lambda: bool(asked)
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _adapter_folder(name: str) -> Path:
