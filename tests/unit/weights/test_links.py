@@ -11,7 +11,7 @@ from mlx_qlora.weights.source import resolve_model
 
 @pytest.fixture
 def secret(tmp_path):
-    file = tmp_path / "home" / "id_rsa"
+    file = tmp_path / "private" / "id_rsa"
     file.parent.mkdir()
     file.write_text("secret")
     return file
@@ -27,7 +27,7 @@ def folder(tmp_path):
 @pytest.mark.parametrize("name", ["added_tokens.json", "README.md", "tokenizer.model", ".hidden"])
 @pytest.mark.parametrize("is_relative", [True, False])
 def test_a_link_to_a_file_elsewhere_is_refused_by_name(folder, secret, name, is_relative):
-    target = "../../../home/id_rsa" if is_relative else secret
+    target = "../../../private/id_rsa" if is_relative else secret
     (folder / name).symlink_to(target)
     with pytest.raises(ModelError, match=name) as caught:
         check_links(folder)
