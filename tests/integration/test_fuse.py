@@ -34,6 +34,17 @@ TOKENS = [[3, 5, 7, 11, 13, 17, 19, 2, 4]]
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}"
 PHI3 = {"model_type": "phi3", "rope_scaling": None, "tie_word_embeddings": False}
 TARGETS = ("q_proj", "v_proj", "down_proj")
+STORAGE_ERROR = {
+    "none": 0.005,
+    "int3": 0.36,
+    "int8": 0.013,
+    "mxfp4": 0.32,
+    "mxfp8": 0.06,
+    "nvfp4": 0.25,
+    "nf4": 0.20,
+    "nf4-dq": 0.21,
+}
+"""What storing fused weights may do to the logits of a model of random weights: a tenth above measured."""
 
 
 def make_adapter(folder, model, quantization="int4", *, size=0.02, template="", targets=TARGETS, **lora):
@@ -132,7 +143,7 @@ def test_every_stored_format_is_fused_exactly_and_again_in_itself(scheme, checkp
         is_same = raw(array) == raw(after[name])
         assert is_same if path not in result.loss.layers else (leaf != "weight" or not is_same), name
     found = load_assistant(str(tmp_path / "again"), dtype="float32").model(mx.array(TOKENS))
-    assert apart(found, wanted) == pytest.approx(0, abs=0.5 if scheme == "int3" else 0.3)
+    assert apart(found, wanted) < STORAGE_ERROR[scheme]
 
 
 def test_a_bitsandbytes_folder_is_fused(checkpoints, tmp_path):
@@ -241,6 +252,34 @@ def test_compensation_keeps_more_of_the_update_in_the_weights_at_the_same_size(l
     ours = fuse(lossy, tmp_path / "ours", accept_loss=True)
     assert ours.bytes == plain.bytes
     assert abs(1 - ours.loss.weights.survived) < abs(1 - plain.loss.weights.survived)
+
+
+@pytest.mark.slow
+def test_a_faint_trained_update_is_kept_where_plain_rounding_loses_it(tmp_path):
+    """Random weights show the opposite: the feedback is for updates that were learned."""
+    from mlx_qlora.config import build_config, read_config
+    from mlx_qlora.training.run import train
+
+    demo = REPOSITORY / "data" / "demo"
+    paths = {"model": {"path": str(demo / "model")}, "data": {"path": str(demo / "club")}}
+    config = build_config(read_config(demo / "run.yaml"), paths, {"training": {"learning_rate": 3e-4}})
+    train(config, tmp_path / "adapter")
+    measuring = Measuring(data=str(demo / "club"))
+    lost = {
+        compensate: fuse(
+            tmp_path / "adapter",
+            tmp_path / f"out-{compensate}",
+            FuseFormat(compensate=compensate),
+            measuring=measuring,
+            accept_loss=True,
+        ).loss
+        for compensate in (True, False)
+    }
+    assert lost[False].logits.lost_share > 0.3
+    assert lost[True].logits.lost_share < 0.05
+    ours = lost[True].logits
+    assert ours.fused_loss_nats < ours.adapted_loss_nats + 0.02
+    assert lost[False].logits.fused_loss_nats > ours.fused_loss_nats + 0.05
 
 
 def test_without_logits_the_weights_decide(lossy, tmp_path):
