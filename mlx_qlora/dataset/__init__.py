@@ -5,6 +5,7 @@ from mlx_qlora.dataset.records import Example, Record, read_conversations, read_
 from mlx_qlora.dataset.render import (
     DEFAULT_CHAT_TEMPLATE,
     ensure_chat_template,
+    ensure_prompt_template,
     render,
     render_prompt,
     template_hash,
@@ -12,6 +13,7 @@ from mlx_qlora.dataset.render import (
 )
 from mlx_qlora.dataset.report import DataReport, SplitReport
 from mlx_qlora.dataset.splits import Dataset, load_dataset
+from mlx_qlora.dataset.tokenizer_identity import tokenizer_sha256
 
 __all__ = [
     "DEFAULT_CHAT_TEMPLATE",
@@ -23,6 +25,7 @@ __all__ = [
     "Record",
     "SplitReport",
     "ensure_chat_template",
+    "ensure_prompt_template",
     "in_order",
     "load_dataset",
     "read_conversations",
@@ -31,4 +34,5 @@ __all__ = [
     "render_prompt",
     "template_hash",
     "template_of",
+    "tokenizer_sha256",
 ]

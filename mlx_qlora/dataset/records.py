@@ -65,6 +65,8 @@ class RecordFile:
         """Of the first row that shows one; all others must have it."""
         self.column_names: dict[str, None] = {}
         """Every column that was seen, in order."""
+        self.row: Mapping[str, Any] = {}
+        """As it stands in the file, of the record that was given last."""
 
     def __iter__(self) -> Iterator[Record | str]:
         """Each row's record, or ``file:line: why`` it cannot be used.
@@ -79,6 +81,7 @@ class RecordFile:
                     raise row
                 self.column_names.update(dict.fromkeys(row))
                 self.schema = self.schema or detect_schema(row, self.columns)
+                self.row = row
                 yield self.schema.build(_canonical(row, self.schema, self.columns), where)
             except BadRow as problem:
                 yield f"{where}: {problem}"

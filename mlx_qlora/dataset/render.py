@@ -11,6 +11,7 @@ import numpy as np
 
 from mlx_qlora.config import DataConfig
 from mlx_qlora.dataset.encoding import encoder_of, inner_of
+from mlx_qlora.dataset.prompt_template import begins_with_bos, chat_template_of, check_shows_turns
 from mlx_qlora.dataset.records import Example, Message, Record
 from mlx_qlora.dataset.rows import BadRow
 from mlx_qlora.dataset.template_limits import check_template, time_limit
@@ -43,6 +44,10 @@ class Unmaskable(BadRow):
     """The chat template does not show which tokens of a conversation are answers."""
 
 
+class Unlabelled(BadRow):
+    """Nothing of the row that fits the window is a target."""
+
+
 def ensure_chat_template(tokenizer: Any, template: str | None = None) -> str:
     """Give a tokenizer this chat template, or the default one if it has none; the one in use.
 
@@ -53,11 +58,23 @@ def ensure_chat_template(tokenizer: Any, template: str | None = None) -> str:
     if template is not None:
         inner.chat_template = template
     elif not has_chat_template(tokenizer):
-        begins = inner.bos_token_id is not None and inner("a")["input_ids"][:1] == [inner.bos_token_id]
-        inner.chat_template = (_BEGIN if begins else "") + DEFAULT_CHAT_TEMPLATE
+        inner.chat_template = (_BEGIN if begins_with_bos(inner) else "") + DEFAULT_CHAT_TEMPLATE
     if inner is not tokenizer and inner.chat_template:
         tokenizer.has_chat_template = True  # mlx-lm's wrapper looks only once, when it is made
     return template_of(tokenizer)
+
+
+def ensure_prompt_template(tokenizer: Any, config: DataConfig) -> str:
+    """Give a tokenizer the template that a run's data asks for: data.prompt_template, its own, the default.
+
+    Raises:
+        ConfigError: data.prompt_template is broken, or leaves out what is said.
+    """
+    if config.prompt_template is None:
+        return ensure_chat_template(tokenizer)
+    used = ensure_chat_template(tokenizer, chat_template_of(config.prompt_template, tokenizer))
+    check_shows_turns(tokenizer, as_text)
+    return used
 
 
 def has_chat_template(tokenizer: Any) -> bool:
@@ -129,6 +146,24 @@ def truncated(rendered: Rendered, config: DataConfig, stops: Sequence[int], sour
     return Example(np.array(tokens, np.int32), mask, source)
 
 
+def example_of(
+    tokenizer: Any, record: Record, config: DataConfig, stops: Sequence[int]
+) -> tuple[Rendered, Example | None]:
+    """A row as tokens, whole and within max_seq_length; None when it is to be dropped.
+
+    Raises:
+        BadRow: it cannot be rendered, or has no token to learn.
+    """
+    rendered = render(tokenizer, record, config)
+    example = truncated(rendered, config, stops, record.source)
+    if example is not None and not example.targets_mask.any():
+        raise Unlabelled(
+            f"its prompt fills the window of {config.max_seq_length} tokens (the row has "
+            f"{len(rendered.tokens)}), so it has no token to learn"
+        )
+    return rendered, example
+
+
 def stop_tokens(tokenizer: Any) -> list[int]:
     """The tokens that end an answer, EOS first."""
     inner = inner_of(tokenizer)
@@ -156,7 +191,7 @@ def has_system_role(tokenizer: Any) -> bool:
     """Whether the chat template shows a system turn; some refuse it, some leave it out."""
     probe = [{"role": "system", "content": "MLXQLORA"}, {"role": "user", "content": "?"}]
     try:
-        return "MLXQLORA" in _as_text(tokenizer, probe, prompt=True)
+        return "MLXQLORA" in as_text(tokenizer, probe, prompt=True)
     except BadRow:
         return False
 
@@ -170,7 +205,7 @@ def _encoded(
     hidden = any(encoder.spells_control(message["content"]) for message in messages)
     if hidden:
         messages = [{**message, "content": encoder.hide(message["content"])} for message in messages]
-    text = _as_text(tokenizer, messages, prompt=prompt)
+    text = as_text(tokenizer, messages, prompt=prompt)
     try:
         spans = _answer_spans(tokenizer, messages, text, prompt=prompt)
     except Unmaskable:
@@ -199,9 +234,9 @@ def _answer_spans(
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = _as_text(tokenizer, messages[:index], prompt=True)
+        before = as_text(tokenizer, messages[:index], prompt=True)
         is_last = not prompt and index == len(messages) - 1
-        through = text if is_last else _as_text(tokenizer, messages[: index + 1], prompt=False)
+        through = text if is_last else as_text(tokenizer, messages[: index + 1], prompt=False)
         end = _answer_end(tokenizer, text, len(before), through, message) if text.startswith(before) else None
         if end is None:
             raise Unmaskable(
@@ -232,7 +267,16 @@ def _after_space(text: str, begin: int) -> int:
     return len(text) - len(text[begin:].lstrip())
 
 
-def _as_text(tokenizer: Any, messages: Sequence[Message], *, prompt: bool) -> str:
+def as_text(tokenizer: Any, messages: Sequence[Message], *, prompt: bool) -> str:
+    """A conversation as the chat template writes it, within the template's limits.
+
+    Args:
+        prompt: Whether the answer comes next.
+
+    Raises:
+        BadRow: the template refuses the conversation.
+        ModelError: the template is forbidden, or takes too long.
+    """
     check_template(template_of(tokenizer))
     try:
         with time_limit():

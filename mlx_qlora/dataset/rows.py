@@ -21,7 +21,7 @@ class BadRow(ValueError):
 
 
 class RowFile:
-    """The rows of a .jsonl, .csv or .json file: (line, row), where a bad row is a BadRow.
+    """The rows of a .jsonl, .csv, .tsv or .json file: (line, row), where a bad row is a BadRow.
 
     Lines are counted from 1, blank ones too. A row of several lines is named by its first.
     A .json file holds one array of objects, or one object a line.
@@ -36,9 +36,9 @@ class RowFile:
 
     def __iter__(self) -> Iterator[tuple[int, Mapping[str, Any] | BadRow]]:
         try:
-            if self.path.suffix.lower() == ".csv":
+            if self.path.suffix.lower() in (".csv", ".tsv"):
                 yield from self._csv_rows()
-            elif self.path.suffix.lower() == ".json" and _first_byte(self.path) == b"[":
+            elif self.path.suffix.lower() == ".json" and first_byte(self.path) == b"[":
                 yield from self._array_rows()
             else:
                 yield from self._json_rows()
@@ -120,13 +120,20 @@ class RowFile:
 
     def _checked_header(self, cells: list[str]) -> list[str]:
         header = [cell.strip() for cell in cells]
+        if any(_is_not_utf8(cell) for cell in header):
+            raise DataError(
+                "The header is not UTF-8.",
+                where=f"{self.path}:1",
+                run=f"mlx-qlora data convert {self.path.name} OUT.jsonl --encoding cp1252",
+            )
         twice = sorted({name for name in header if header.count(name) > 1})
         if twice:
             raise DataError(f"The header has {', '.join(map(repr, twice))} twice.", where=f"{self.path}:1")
         return header
 
 
-def _first_byte(path: Path) -> bytes:
+def first_byte(path: Path) -> bytes:
+    """The first byte of a file that is no space, its byte order mark aside."""
     with path.open("rb") as file:
         return file.read(4096).removeprefix(_BOM).lstrip()[:1]
 
@@ -168,6 +175,10 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _csv_row(header: list[str], cells: list[str]) -> Mapping[str, Any] | BadRow:
     if len(cells) != len(header):
         return BadRow(f"it has {len(cells)} columns; the header has {len(header)}")
-    if any("\udc80" <= character <= "\udcff" for cell in cells for character in cell):
+    if any(_is_not_utf8(cell) for cell in cells):
         return BadRow("it is not UTF-8")
     return dict(zip(header, cells, strict=True))
+
+
+def _is_not_utf8(cell: str) -> bool:
+    return any("\udc80" <= character <= "\udcff" for character in cell)

@@ -14,14 +14,14 @@ from mlx_qlora.dataset.files import SPLITS, find_files
 from mlx_qlora.dataset.records import COLUMN_NAMES, Example, Record, RecordFile
 from mlx_qlora.dataset.render import (
     Unmaskable,
-    ensure_chat_template,
+    ensure_prompt_template,
+    example_of,
     has_chat_template,
     has_system_role,
-    render,
     stop_tokens,
-    truncated,
 )
 from mlx_qlora.dataset.report import DataReport, SplitReport
+from mlx_qlora.dataset.row_table import prompt_of
 from mlx_qlora.dataset.rows import BadRow
 from mlx_qlora.errors import ConfigError, DataError, listed
 
@@ -69,7 +69,7 @@ def load_dataset(
             where="data.columns",
         )
     had_template = has_chat_template(tokenizer)
-    ensure_chat_template(tokenizer)
+    ensure_prompt_template(tokenizer, config)
     reading = _Reading(config, tokenizer, on_progress, find_files(config.path))
     rows = reading.rows()
     notes = reading.notes(had_template=had_template)
@@ -145,7 +145,10 @@ class _Reading:
     def notes(self, *, had_template: bool) -> list[str]:
         """What a person should know about how the rows were rendered."""
         notes = []
-        if not had_template:
+        if self.config.prompt_template is not None:
+            instead = "in place of the model's own chat template" if had_template else "kept in the adapter"
+            notes.append(f"prompts are written by data.prompt_template, {instead}")
+        elif not had_template:
             notes.append("the model has no chat template: the default one is used, and kept in the adapter")
         if self.has_system_turns and not self.has_system_role:
             notes.append("the chat template has no system turn: it was put before the first user turn")
@@ -174,19 +177,13 @@ class _Reading:
         config = self.config
         self.has_system_turns |= any(message["role"] == "system" for message in record.messages)
         try:
-            rendered = render(self.tokenizer, record, config)
-            example = truncated(rendered, config, self.stops, record.source)
-            if example is None:
-                report.dropped += 1
-                return None
-            if not example.targets_mask.any():
-                raise BadRow(
-                    f"its prompt fills the window of {config.max_seq_length} tokens (the row has "
-                    f"{len(rendered.tokens)}), so it has no token to learn"
-                )
+            rendered, example = example_of(self.tokenizer, record, config, self.stops)
         except BadRow as problem:
             self.num_unmaskable += isinstance(problem, Unmaskable)
             report.bad.append(f"{record.source}: {problem}")
+            return None
+        if example is None:
+            report.dropped += 1
             return None
         if config.loss_on == "assistant" and self.stops:
             last = len(example.targets_mask) - 1 - int(example.targets_mask[::-1].argmax())
@@ -211,13 +208,7 @@ class _Reading:
 
 
 def _prompt_key(record: Record) -> bytes:
-    said: list[str] = [record.text] if record.text is not None else []
-    for message in record.messages:
-        if message["role"] == "assistant":
-            break
-        if message["role"] != "system":
-            said.append(message["content"].strip())
-    return hashlib.sha256(json.dumps(said).encode()).digest()
+    return hashlib.sha256(json.dumps(prompt_of(record)).encode()).digest()
 
 
 def _leaks(rows: dict[str, list[_Row]]) -> list[str]:

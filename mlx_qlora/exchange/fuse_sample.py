@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mlx_qlora.config import DataConfig
-from mlx_qlora.dataset import Example, ensure_chat_template, load_dataset
+from mlx_qlora.dataset import Example, ensure_chat_template, load_dataset, tokenizer_sha256
 from mlx_qlora.errors import DataError
 from mlx_qlora.lora.adapter import AdapterInfo
 
@@ -68,6 +68,7 @@ def validation_sample(
         DataError: there are no validation rows, or the data cannot be read.
     """
     config = DataConfig(path=data, max_seq_length=max_seq_length, system_prompt=info.system_prompt)
+    info.check_tokenizer(tokenizer_sha256(tokenizer))
     ensure_chat_template(tokenizer, info.chat_template)
     rows = load_dataset(config, tokenizer, seed=0).valid
     if not rows:

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlx_qlora.dataset import ensure_chat_template, render_prompt, template_of
+from mlx_qlora.dataset import ensure_chat_template, render_prompt, template_of, tokenizer_sha256
 from mlx_qlora.dataset.rows import BadRow
 from mlx_qlora.errors import ConfigError, DataError, StorageError
 from mlx_qlora.inference.generate import Answer, Assistant, Sampling
@@ -139,6 +139,8 @@ class Chat:
         """
         base, model = self.assistant.base, self.assistant.model
         info = read_adapter_info(folder) if folder is not None else None
+        if info is not None:
+            info.check_tokenizer(tokenizer_sha256(base.tokenizer))
         before = _detach(model)
         try:
             if info is not None and folder is not None:

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.nn as nn
 
 from mlx_qlora.config import ModelConfig, QuantizationConfig
-from mlx_qlora.dataset import ensure_chat_template, render_prompt
+from mlx_qlora.dataset import ensure_chat_template, render_prompt, tokenizer_sha256
 from mlx_qlora.dataset.rows import BadRow
 from mlx_qlora.errors import AdapterError, ConfigError, DataError
 from mlx_qlora.lora.adapter import AdapterInfo, check_quantization, load_adapter, read_adapter_info
@@ -144,6 +144,8 @@ def load_assistant(
     if info is not None:
         check_quantization(info, stored)
     base = load_base(model_config, stored, on_bytes=on_bytes)
+    if info is not None:
+        info.check_tokenizer(tokenizer_sha256(base.tokenizer))
     ensure_chat_template(base.tokenizer, info.chat_template if info else None)
     if info is not None and folder is not None:
         load_adapter(base.model, folder, info, fingerprint=base.fingerprint)

@@ -44,6 +44,22 @@ class AdapterInfo(Config):
     """Of the unquantized base weights."""
     chat_template: str
     chat_template_sha256: str
+    tokenizer_sha256: str | None = None
+    """Of the tokenizer it was trained with; None in adapters that do not know."""
+
+    def check_tokenizer(self, sha256: str) -> None:
+        """Raise AdapterError where prompts would become other tokens than in training.
+
+        Args:
+            sha256: Of the tokenizer at hand.
+        """
+        if self.tokenizer_sha256 not in (None, sha256):
+            raise AdapterError(
+                "The base's tokenizer is not the one the adapter was trained with, so that prompts become "
+                f"other tokens ({sha256[:12]}…, not {self.tokenizer_sha256[:12]}…).",
+                where=f"{self.model.path}: tokenizer.json, tokenizer_config.json",
+                run="put back the tokenizer files the model had in training, or train again with these",
+            )
 
     def check_template(self) -> None:
         """Raise AdapterError if the stored chat template is not the one that was hashed."""
@@ -67,7 +83,8 @@ def tensors_sha256(tensors: Mapping[str, mx.array]) -> str:
 
 def _info_sha256(info: AdapterInfo) -> str:
     """Of all but where the base is: people move models."""
-    tree = info.model_dump(mode="json", exclude={"model"})
+    left_out = {"model"} if info.tokenizer_sha256 is not None else {"model", "tokenizer_sha256"}
+    tree = info.model_dump(mode="json", exclude=left_out)
     return text_sha256(json.dumps(tree, sort_keys=True))
 
 

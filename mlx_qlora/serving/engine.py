@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_qlora.config import ModelConfig, QuantizationConfig
-from mlx_qlora.dataset import ensure_chat_template, render_prompt
+from mlx_qlora.dataset import ensure_chat_template, render_prompt, tokenizer_sha256
 from mlx_qlora.dataset.encoding import inner_of
 from mlx_qlora.dataset.render import stop_tokens
 from mlx_qlora.errors import AdapterError, ConfigError
@@ -305,6 +305,8 @@ def _load(
     on_bytes: Callable[[int, int], None] | None,
 ) -> _Loaded:
     base = load_base(config, quantization, on_bytes=on_bytes)
+    for info in infos.values():
+        info.check_tokenizer(tokenizer_sha256(base.tokenizer))
     model, rows = base.model, RowAdapters()
     updates = [
         read_updates(model, name, Path(folders[name]), infos[name], fingerprint=base.fingerprint)
