@@ -19,6 +19,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -189,6 +190,12 @@ class DataConfig(Config):
     system_prompt: str | None = None
     """Put before every conversation that has no system turn of its own."""
 
+    prompt_template: str | None = None
+    """How a conversation is written, in place of the model's own chat template: words such as
+    "### Pergunta:\\n{question}\\n### Resposta:\\n{answer}", a chat template in Jinja, or a file with either.
+    It is kept in the adapter. None: the model's own; for a base model that has none, "User: {question}",
+    a new line and "Assistant: {answer}"."""
+
     valid_fraction: float = Field(default=0.1, ge=0.0, lt=1.0)
     """Share held out, by seed, when the data has no valid file."""
 
@@ -201,6 +208,24 @@ class DataConfig(Config):
 
     max_valid_examples: PositiveInt | None = None
     """Validate on the first so many rows; None is all."""
+
+    @field_validator("prompt_template")
+    @classmethod
+    def _text_of_template(cls, template: str | None) -> str | None:
+        """The text itself: what runs and resumes does not depend on a file that may change."""
+        if template is None or "\n" in template or "{" in template:
+            return template
+        try:
+            with Path(template).expanduser().open("rb") as file:
+                content = file.read(2**20 + 1)
+            if len(content) > 2**20:
+                raise ValueError(f"{template} is larger than 1 MiB")
+            return content.decode("utf-8-sig").removesuffix("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+            raise ValueError(
+                f"{template!r} has no {{question}}, so it names a file, and that cannot be read: {why}"
+            ) from None
 
 
 class TrainingConfig(Config):
@@ -272,6 +297,16 @@ class TrainingConfig(Config):
 
     compile: bool | None = None
     """Trace the step with mx.compile. None: yes on a GPU, no on the CPU, where tracing costs more."""
+
+    report_samples: NonNegativeInt = 3
+    """So many held-out prompts are answered at the end, with the adapter and without, for the report."""
+
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+    """Where metrics go besides metrics.jsonl, at each checkpoint: what may still be undone is not sent.
+    Servers and keys are each tracker's own environment variables."""
+
+    tracker_project: str = Field(default="mlx-qlora", min_length=1)
+    """The project (wandb, trackio) or experiment (mlflow) that runs are filed under."""
 
 
 class RunConfig(Config):

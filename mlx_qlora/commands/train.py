@@ -69,6 +69,7 @@ def train(
     """
     from mlx_qlora.training.display import ProgressDisplay
     from mlx_qlora.training.planning import auto_preset
+    from mlx_qlora.training.report import PAGE, read_suggestions
     from mlx_qlora.training.run import resumed_config
 
     launcher = _launcher(processes, hosts, hostfile, backend)
@@ -87,8 +88,9 @@ def train(
     run = build_config(begun, *trees, where="command line")
     with closing(ProgressDisplay(run.training.steps_per_report)) as display:
         result = _train(run, adapter_path, launcher, max_restarts, display, resume=resume, force=force)
+    suggested = read_suggestions(result.adapter_path)
     if as_json:
-        print_json(asdict(result))
+        print_json({**asdict(result), "suggestions": suggested})
         return
     say()
     say(f"Trained {result.steps} steps, {result.tokens} tokens, in {result.seconds:.0f} s")
@@ -97,6 +99,12 @@ def train(
         say(f"  val loss    {result.val_loss_nats:.4f} nats per token (best, step {result.best_step})")
     say(f"  peak memory {gigabytes(result.peak_memory_bytes)}")
     say(f"  adapter     {result.adapter_path}")
+    say(f"  report      {result.adapter_path / PAGE}")
+    if suggested:
+        say("Suggestions, each with what was measured:")
+    for suggestion in suggested:
+        say(f"  {suggestion['reason']}:")
+        say(f"    {suggestion['options'] or suggestion['advice']}")
     say(f'Run: python -m mlx_qlora.infer "…" --adapter-path {adapter_path}')
 
 

@@ -85,7 +85,7 @@ def _cost(
 
 def _environment(report: str) -> list[tuple[str, str]]:
     """The device and versions that a run wrote into its report."""
-    section = report.partition("## Environment")[2]
+    section = report.rpartition("## Environment")[2]  # an answer quoted above may hold these words too
     cells = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")]
     found = {pair[0]: pair[1] for pair in cells if len(pair) == 2}
     return [(name, found[name]) for name in _ENVIRONMENT if name in found]

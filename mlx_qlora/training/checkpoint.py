@@ -40,6 +40,9 @@ _FREE_KEYS = (
     "training.steps_per_report",
     "training.keep_checkpoints",
     "training.memory_budget_gib",
+    "training.report_samples",
+    "training.trackers",
+    "training.tracker_project",
 )
 
 

@@ -15,6 +15,7 @@ from mlx_qlora.presets import GIB
 from mlx_qlora.training.events import (
     Event,
     MemoryPressure,
+    Noted,
     RolledBack,
     RunFinished,
     RunStarted,
@@ -72,6 +73,8 @@ class ProgressDisplay:
                 self._roll_back(event)
             case MemoryPressure():
                 self._press(event)
+            case Noted():
+                self._say(f"! {event.text}")
             case RunFinished():
                 self._finish(event)
 

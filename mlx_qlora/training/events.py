@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +51,8 @@ class StepDone:
     """True when loss or gradient was not finite, or there was none, and nothing was updated."""
     diagnosis: str = ""
     """Then: which micro-batch, and where in the model it began."""
+    positions: int = 0
+    """Places in the update's rows, padding included; 0 where that is not counted (several ranks)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +96,14 @@ class MemoryPressure:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Noted:
+    """Something beside the training itself that a person should know, such as a tracker that failed."""
+
+    step: int
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunFinished:
     """The run ended by itself (not by a signal)."""
 
@@ -113,5 +123,16 @@ class RunFinished:
     adapter_path: Path
 
 
-Event = RunStarted | StepDone | Validated | Saved | RolledBack | MemoryPressure | RunFinished
+Event = RunStarted | StepDone | Validated | Saved | RolledBack | MemoryPressure | Noted | RunFinished
 Observer = Callable[[Event], None]
+
+
+def fan_out(observers: Iterable[Observer]) -> Observer:
+    """One observer that tells them all, in order."""
+    observers = tuple(observers)
+
+    def emit(event: Event) -> None:
+        for observer in observers:
+            observer(event)
+
+    return emit

@@ -6,7 +6,12 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
+
+from mlx_qlora.errors import DivergenceError, MemoryBudgetError
+from mlx_qlora.memory.monitor import MemorySample
+from mlx_qlora.presets import GIB
 
 BAD_UPDATES_IN_A_ROW = 3
 """So many non-finite updates in a row send the run back to its last good checkpoint."""
@@ -29,6 +34,27 @@ class StopRequest:
         if self.signal_number is not None and signal_number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal_number = signal_number
+
+
+def out_of_memory(sample: MemorySample, budget_bytes: int, step: int, folder: Path) -> MemoryBudgetError:
+    """What is raised where nothing is left to make smaller, after the run was saved."""
+    return MemoryBudgetError(
+        f"The run needs {sample.needed_bytes / GIB:.2f} GiB and may use {budget_bytes / GIB:.2f}; "
+        f"its micro-batches are as small as they get. It is saved after step {step}.",
+        where=str(folder),
+        run=f"mlx-qlora train --resume --adapter-path {folder} --set training.memory_budget_gib=…  "
+        "# or begin again with training.gradient_checkpointing=true or a shorter data.max_seq_length",
+    )
+
+
+def diverged(step: int, rollbacks: int, folder: Path) -> DivergenceError:
+    """What is raised when halving the rate did not help."""
+    return DivergenceError(
+        f"Loss or gradients were not finite again and again, at last around step {step}, "
+        f"although the learning rate was halved {rollbacks} times.",
+        where=str(folder / "metrics.jsonl"),
+        run="mlx-qlora train … --set training.learning_rate=1e-5   # into a new --adapter-path",
+    )
 
 
 @contextmanager

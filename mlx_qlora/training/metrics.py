@@ -8,12 +8,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_qlora.storage import plain_json, said_clearly, write_file
-from mlx_qlora.training.events import (
-    Event,
-)
+
+if TYPE_CHECKING:  # events bring MLX; `watch` reads this file without it
+    from mlx_qlora.training.events import Event
 
 METRICS = "metrics.jsonl"
 

@@ -1,60 +1,101 @@
-"""report.md: what was run, what came out, and how to use it."""
+"""report.md and report.html: what was run, what came out, what could be better, and how to use it."""
 
 from __future__ import annotations
 
-import math
 import platform
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
-from mlx_qlora.config import RunConfig, to_yaml
+from mlx_qlora.config import LoraConfig, RunConfig, to_yaml
 from mlx_qlora.memory.monitor import device_limit_bytes
 from mlx_qlora.presets import GIB
-from mlx_qlora.storage import write_text
-from mlx_qlora.training.display import duration
-from mlx_qlora.training.metrics import METRICS, Entry, best_validation, events_named, mean_loss, read_metrics
-from mlx_qlora.training.plots import PICTURE, PLOTS_HINT, plot_losses
+from mlx_qlora.storage import plain_json, read_json, write_json, write_text
+from mlx_qlora.training.metrics import METRICS, Entry, best_validation, events_named, read_metrics
+from mlx_qlora.training.plots import PICTURE, PLOTS_HINT, plot_losses, svg_of_losses
+from mlx_qlora.training.report_blocks import (
+    Block,
+    Code,
+    Exchange,
+    Heading,
+    Listing,
+    Paragraph,
+    Picture,
+    Table,
+    to_markdown,
+)
+from mlx_qlora.training.report_html import to_html
+from mlx_qlora.training.report_sections import (
+    Told,
+    cost_rows,
+    data_section,
+    length_bins,
+    losses,
+    planned_and_measured,
+)
+from mlx_qlora.training.samples import MAX_SECONDS, Sample
+from mlx_qlora.training.suggestion import RunFacts, Suggestion
+from mlx_qlora.training.suggestions import command, suggestions
 
-REPORT = "report.md"
-
-Row = tuple[str, ...]
+REPORT, PAGE, DATA = "report.md", "report.html", "report.json"
 
 
-def write_report(folder: str | Path, config: RunConfig, data_lines: Sequence[str] = ()) -> Path:
-    """Draw loss.png and write report.md, from the metrics.jsonl in the adapter's folder.
+def write_report(folder: str | Path, config: RunConfig, told: Told | None = None) -> tuple[Suggestion, ...]:
+    """Draw loss.png; write report.md, report.html and report.json, from the metrics.jsonl in the folder.
 
     Args:
         folder: The adapter.
         config: The run's configuration.
-        data_lines: What is to be said about the rows, a sentence each.
+
+    Returns:
+        What is suggested for the next run.
     """
-    folder = Path(folder)
-    has_picture = plot_losses(folder / METRICS, folder / PICTURE)
+    folder, told = Path(folder), told or Told()
     entries = read_metrics(folder / METRICS)
-    picture = f"![Loss, learning rate and memory over the run]({PICTURE})"
-    sections = [
-        f"# {folder.name}",
-        _headline(config, entries),
-        picture if has_picture else f"There is no picture of the loss: it needs matplotlib, `{PLOTS_HINT}`.",
-        "## Use it",
-        f'```\npython -m mlx_qlora.infer "…" --adapter-path {shlex.quote(str(folder))}\n```',
-        "## Losses",
-        _loss_table(entries),
-        "## Time and memory",
-        _table(("", ""), _cost_rows(entries)),
-        "## Data",
-        "\n".join(f"- {line}" for line in [*_data_counts(entries), *data_lines]),
-        "## Configuration",
-        f"```yaml\n{to_yaml(config)}```",
-        "## Environment",
-        _table(("", ""), environment().items()),
+    found = suggestions(entries, told.facts or RunFacts(config=config))
+    planned = told.plan.needed_bytes if told.plan else None
+    has_picture = plot_losses(folder / METRICS, folder / PICTURE, predicted_bytes=planned)
+    svg = svg_of_losses(entries, predicted_bytes=planned) if has_picture else None
+    blocks = [
+        Heading(folder.name, 1),
+        Paragraph(_headline(config, entries)),
+        *_suggested(folder, entries, found),
+        Picture(PICTURE, "Loss, learning rate and memory over the run", svg)
+        if svg
+        else Paragraph(f"There is no picture of the loss: it needs matplotlib, `{PLOTS_HINT}`."),
+        Heading("Use it"),
+        Code(f'python -m mlx_qlora.infer "…" --adapter-path {shlex.quote(str(folder))}'),
+        *_answered(told.samples),
+        Heading("Losses"),
+        *losses(entries),
+        Heading("Time and memory"),
+        Table(("", ""), cost_rows(entries)),
+        *planned_and_measured(told.plan, entries),
+        Heading("Data"),
+        *data_section(entries, told),
+        Heading("Configuration"),
+        Code(to_yaml(config), "yaml"),
+        Heading("Environment"),
+        Table(("", ""), list(environment().items()), numbers_from=9),
     ]
-    write_text(folder / REPORT, "\n\n".join(sections) + "\n")
-    return folder / REPORT
+    write_text(folder / REPORT, to_markdown(blocks))
+    write_text(folder / PAGE, to_html(blocks, f"{folder.name} · mlx-qlora"))
+    write_json(folder / DATA, _data_file(told, found, folder))
+    return found
+
+
+def read_suggestions(folder: str | Path) -> list[dict[str, Any]]:
+    """What the report in an adapter's folder suggests; nothing where there is none that can be read."""
+    try:
+        found = read_json(Path(folder) / DATA)["suggestions"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return found if isinstance(found, list) else []
 
 
 def environment() -> dict[str, str]:
@@ -70,6 +111,13 @@ def environment() -> dict[str, str]:
     }
 
 
+def variant_name(lora: LoraConfig) -> str:
+    """What kind of adapter it is, as a person calls it: LoRA, rsLoRA, DoRA; and how it began."""
+    kind = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA"}[lora.variant]
+    begun = {"default": "", "pissa": ", begun with PiSSA", "loftq": ", begun with LoftQ"}[lora.init]
+    return kind + begun
+
+
 def _version(package: str) -> str:
     try:
         return version(package)
@@ -80,88 +128,59 @@ def _version(package: str) -> str:
 def _headline(config: RunConfig, entries: Sequence[Entry]) -> str:
     steps, best = events_named(entries, "StepDone"), best_validation(entries)
     done = f"{steps[-1]['step']} updates" if steps else "no update yet"
+    kind, _, begun = variant_name(config.lora).partition(", ")
     text = (
-        f"A rank-{config.lora.rank} LoRA adapter for `{config.model.path}` "
-        f"({config.quantization.scheme}), {done}."
+        f"A rank-{config.lora.rank} {kind} adapter for `{config.model.path}` "
+        f"({config.quantization.scheme}){f', {begun}' if begun else ''}, {done}."
     )
     if best:
         text += f" Best validation loss: **{best['loss_nats']:.4f}** nats per token, at step {best['step']}."
     return text
 
 
-def _loss_table(entries: Sequence[Entry]) -> str:
-    steps, validations, best = (
-        events_named(entries, "StepDone"),
-        events_named(entries, "Validated"),
-        best_validation(entries),
-    )
-    ends = {v["step"]: v for v in validations}
-    if steps:
-        ends.setdefault(steps[-1]["step"], {"loss_nats": None})
-    rows, begin = list[Row](), 0
-    for end in sorted(ends):
-        loss = ends[end]["loss_nats"]
-        since = [s for s in steps if begin < s["step"] <= end and not s["skipped"]]
-        train = mean_loss((s["loss_nats"], s["target_tokens"]) for s in since)
-        perplexity = None if loss is None or loss > 50 else math.exp(loss)
-        mark = "best" if best and best["step"] == end else ""
-        rows.append((str(end), _number(train), _number(loss), _number(perplexity, 2), mark))
-        begin = end
-    shown = _thinned(rows)
-    note = "Nats per target token; train is the mean over the updates since the validation before."
-    if rows != shown:
-        note += f" {len(rows) - len(shown)} rows are left out; all are in `{METRICS}`."
-    head = ("step", "train loss", "validation loss", "validation perplexity", "")
-    return f"{_table(head, shown)}\n\n{note}"
+def _suggested(folder: Path, entries: Sequence[Entry], found: Sequence[Suggestion]) -> list[Block]:
+    if not events_named(entries, "StepDone"):
+        return []
+    if not found:
+        return [Heading("Suggestions"), Paragraph("None: no rule found anything to change.")]
+    items = [f"{s.reason}: `{s.options}`" if s.assignments else f"{s.reason}: {s.advice}" for s in found]
+    blocks: list[Block] = [Heading("Suggestions"), Listing(items)]
+    if any(s.assignments for s in found):
+        blocks += [Paragraph("Again, with all of them, into another folder:"), Code(command(folder, found))]
+    return blocks
 
 
-def _thinned(rows: Sequence[Row], limit: int = 24) -> list[Row]:
-    """At most about `limit` rows, evenly spread, with the first, the best and the last."""
-    every = -(-len(rows) // limit) if rows else 1
-    last = len(rows) - 1
-    return [row for i, row in enumerate(rows) if i % every == 0 or i == last or row[-1] == "best"]
-
-
-def _cost_rows(entries: Sequence[Entry]) -> list[tuple[str, str]]:
-    steps, finished = events_named(entries, "StepDone"), events_named(entries, "RunFinished")
-    memory = [s["memory"] for s in steps]
-    training = sum(s["seconds"] for s in steps)
-    tokens = sum(s["tokens"] for s in steps)
-    peaks = [m["footprint_bytes"] for m in memory] + [f["peak_memory_bytes"] for f in finished]
-    resumed = [str(r["first_step"]) for r in events_named(entries, "RunStarted") if r["first_step"] > 0]
-    rows = [
-        ("updates", f"{len(steps)} ({sum(s['skipped'] for s in steps)} skipped)"),
-        ("tokens read", f"{tokens:,} ({sum(s['target_tokens'] for s in steps):,} of them targets)"),
-        ("time in updates", duration(training)),
-        ("time in validation", duration(sum(v["seconds"] for v in events_named(entries, "Validated")))),
-        ("tokens per second", f"{tokens / training:.0f}" if training else "–"),
-        ("peak process footprint", _gib(max(peaks, default=0))),
-        ("MLX peak, without its cache", _gib(max((m["mlx_peak_bytes"] for m in memory), default=0))),
-        ("swap growth, whole system", _gib(max((m["swap_growth_bytes"] for m in memory), default=0))),
-        ("updates over the memory budget", str(len(events_named(entries, "MemoryPressure")))),
+def _answered(samples: Sequence[Sample]) -> list[Block]:
+    if not samples:
+        return []
+    blocks: list[Block] = [
+        Heading("Answers"),
+        Paragraph(
+            "Held-out prompts, answered greedily by one model with the adapter switched off and on, within "
+            f"{MAX_SECONDS:.0f} s. So few say nothing about quality: `mlx-qlora evaluate` does."
+        ),
     ]
-    rows += [("resumed after step", ", ".join(resumed))] if resumed else []
-    back = [f"{r['from_step']} → {r['to_step']}" for r in events_named(entries, "RolledBack")]
-    rows += [("went back, with half the rate", ", ".join(back))] if back else []
-    if finished and finished[-1]["stopped_early"]:
-        rows.append(("stopped early", f"best step {finished[-1]['best_step']}"))
-    return rows
+    for sample in samples:
+        parts = (
+            ("prompt, as the model reads it", sample.prompt),
+            ("the row's own answer", sample.expected),
+            ("base", sample.base),
+            ("with the adapter", sample.adapted),
+        )
+        blocks.append(Exchange(sample.source, parts))
+    return blocks
 
 
-def _data_counts(entries: Sequence[Entry]) -> list[str]:
-    validations = events_named(entries, "Validated")
-    lines = [f"{r['num_examples']} training examples" for r in events_named(entries, "RunStarted")[-1:]]
-    return lines + [f"{v['target_tokens']:,} target tokens in validation" for v in validations[-1:]]
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def _number(value: float | None, digits: int = 4) -> str:
-    return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / GIB:.2f} GiB"
+def _data_file(told: Told, found: Sequence[Suggestion], folder: Path) -> dict[str, Any]:
+    window = told.facts.window if told.facts else None
+    longest = told.facts.config.data.max_seq_length if told.facts else 0
+    tree = {
+        "suggestions": [{**asdict(s), "options": s.options} for s in found],
+        "again": command(folder, found) if any(s.assignments for s in found) else None,
+        "samples": [asdict(sample) for sample in told.samples],
+        "plan": asdict(told.plan) if told.plan else None,
+        "lengths": [list(each) for each in length_bins(window.lengths, longest)] if window else None,
+        "environment": environment(),
+    }
+    plain: dict[str, Any] = plain_json(tree)
+    return plain

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import mlx.core as mx
@@ -13,26 +12,25 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_qlora.config import TrainingConfig
 from mlx_qlora.dataset.batches import Batch, Batches
-from mlx_qlora.errors import CheckpointError, DivergenceError, Interrupted, MemoryBudgetError
+from mlx_qlora.errors import CheckpointError, Interrupted
 from mlx_qlora.lora.adapter import adapter_tensors, set_adapter_tensors
 from mlx_qlora.memory.monitor import MemoryMonitor, MemorySample
 from mlx_qlora.objective.evaluate import evaluate
 from mlx_qlora.objective.loss import Objective
-from mlx_qlora.presets import GIB
 from mlx_qlora.training.checkpoint import Checkpoint, CheckpointStore, Progress
 from mlx_qlora.training.diagnosis import diagnose
 from mlx_qlora.training.distributed import ALONE, Ranks, fingerprint_of
 from mlx_qlora.training.distributed_checkpoint import SharedCheckpoints
-from mlx_qlora.training.events import (
-    MemoryPressure,
-    Observer,
-    RolledBack,
-    Saved,
-    StepDone,
-    Validated,
+from mlx_qlora.training.events import MemoryPressure, Observer, RolledBack, Saved, StepDone, Validated
+from mlx_qlora.training.guard import (
+    BAD_UPDATES_IN_A_ROW,
+    MAX_ROLLBACKS,
+    StopRequest,
+    diverged,
+    out_of_memory,
 )
-from mlx_qlora.training.guard import BAD_UPDATES_IN_A_ROW, MAX_ROLLBACKS, StopRequest
 from mlx_qlora.training.optimizer import learning_rate_at
+from mlx_qlora.training.progress import after, total_steps, validated
 from mlx_qlora.training.step import Outcome, TrainStep
 
 PATIENCE = 3
@@ -72,6 +70,8 @@ class Trainer:
         self.progress = Progress()
         self.total_steps = total_steps(config, batches)
         self.budget_bytes = monitor.budget_bytes(config.memory_budget_gib)
+        self.kept: Mapping[str, mx.array] | None = None
+        """The tensors that are published in the end: the best, or the last."""
         self._saved_step = -1
         self._short_updates = 0
         self._signal_of_all: int | None = None
@@ -143,6 +143,7 @@ class Trainer:
                 memory=sample,
                 skipped=outcome.skipped,
                 diagnosis=diagnosis,
+                positions=sum(b.inputs_BT.size for b in batches) if self.ranks.is_alone else 0,
             )
         )
         self._relieve(sample, step, is_short=self._agreed(sample))
@@ -193,14 +194,7 @@ class Trainer:
         if self._short_updates <= PATIENCE:
             return
         self._save()
-        folder = self.checkpoints.folder.parent
-        raise MemoryBudgetError(
-            f"The run needs {sample.needed_bytes / GIB:.2f} GiB and may use {self.budget_bytes / GIB:.2f}; "
-            f"its micro-batches are as small as they get. It is saved after step {self.progress.step}.",
-            where=str(folder),
-            run=f"mlx-qlora train --resume --adapter-path {folder} --set training.memory_budget_gib=…  "
-            "# or begin again with training.gradient_checkpointing=true or a shorter data.max_seq_length",
-        )
+        raise out_of_memory(sample, self.budget_bytes, self.progress.step, self.checkpoints.folder.parent)
 
     def _validation_is_due(self) -> bool:
         step, every = self.progress.step, self.config.steps_per_validation
@@ -247,24 +241,25 @@ class Trainer:
         """
         adapter = adapter_tensors(self.model)
         state = dict(tree_flatten(self.optimizer.state))
-        prints = self.ranks.table(fingerprint_of(adapter), fingerprint_of(state)) if self._has_peers else None
+        prints = (
+            self.ranks.table(fingerprint_of(adapter), fingerprint_of(state))
+            if not self.ranks.is_alone
+            else None
+        )
         if prints is None or (prints == prints[0]).all():
             return
         set_adapter_tensors(self.model, self.ranks.tensors_from_first(adapter), where="rank 0")
         self.optimizer.state = tree_unflatten(list(self.ranks.tensors_from_first(state).items()))
 
-    @property
-    def _has_peers(self) -> bool:
-        return not self.ranks.is_alone
-
     def _publish_best(self) -> None:
         if self.validation and self.progress.best_step != self.progress.step:
-            self.publish(self.checkpoints.load(self.progress.best_step).adapter)
+            self.kept = self.checkpoints.load(self.progress.best_step).adapter
         else:
-            self.publish(adapter_tensors(self.model))
+            self.kept = adapter_tensors(self.model)
+        self.publish(self.kept)
 
     def _stop_if_asked(self) -> None:
-        signal_number = self._signal_of_all if self._has_peers else self.stop.signal_number
+        signal_number = self.stop.signal_number if self.ranks.is_alone else self._signal_of_all
         if signal_number is None:
             return
         if self._saved_step != self.progress.step:
@@ -278,12 +273,7 @@ class Trainer:
     def _roll_back(self) -> None:
         failed = self.progress
         if failed.rollbacks >= MAX_ROLLBACKS:
-            raise DivergenceError(
-                f"Loss or gradients were not finite again and again, at last around step {failed.step}, "
-                f"although the learning rate was halved {failed.rollbacks} times.",
-                where=str(self.checkpoints.folder.parent / "metrics.jsonl"),
-                run="mlx-qlora train … --set training.learning_rate=1e-5   # into a new --adapter-path",
-            )
+            raise diverged(failed.step, failed.rollbacks, self.checkpoints.folder.parent)
         checkpoint, _ = self.checkpoints.load_newest()
         self.restore(checkpoint)
         self.progress = replace(
@@ -305,47 +295,3 @@ class Trainer:
     @property
     def _epoch_steps(self) -> int:
         return self.batches.steps_per_epoch
-
-
-def total_steps(config: TrainingConfig, batches: Batches) -> int:
-    """Updates in the whole run."""
-    return config.max_steps or config.num_epochs * batches.steps_per_epoch
-
-
-def after(progress: Progress, outcome: Outcome, *, starts_epoch: bool) -> Progress:
-    """Where the run stands after one more update."""
-    epoch_nll = 0.0 if starts_epoch else progress.epoch_nll
-    epoch_tokens = 0 if starts_epoch else progress.epoch_target_tokens
-    return replace(
-        progress,
-        step=progress.step + 1,
-        tokens=progress.tokens + outcome.tokens,
-        epoch_nll=epoch_nll + (0.0 if outcome.skipped else outcome.nll),
-        epoch_target_tokens=epoch_tokens + (0 if outcome.skipped else outcome.target_tokens),
-        bad_in_a_row=progress.bad_in_a_row + 1 if outcome.skipped else 0,
-        skipped_updates=progress.skipped_updates + outcome.skipped,
-    )
-
-
-def validated(progress: Progress, loss_nats: float) -> Progress:
-    """Where the run stands after a validation with this loss; a loss that is no number is never the best."""
-    loss = loss_nats if math.isfinite(loss_nats) else math.inf
-    is_best = progress.best_loss is None or loss < progress.best_loss
-    return replace(
-        progress,
-        validated_step=progress.step,
-        best_loss=loss if is_best else progress.best_loss,
-        best_step=progress.step if is_best else progress.best_step,
-        validations_without_best=0 if is_best else progress.validations_without_best + 1,
-    )
-
-
-def fan_out(observers: Iterable[Observer]) -> Observer:
-    """One observer that tells them all."""
-    observers = tuple(observers)
-
-    def emit(event: object) -> None:
-        for observer in observers:
-            observer(event)  # type: ignore[arg-type]
-
-    return emit

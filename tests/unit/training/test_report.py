@@ -30,6 +30,7 @@ from mlx_qlora.training.events import (
 from mlx_qlora.training.metrics import MetricsLog, read_metrics
 from mlx_qlora.training.plots import plot_losses
 from mlx_qlora.training.report import write_report
+from mlx_qlora.training.report_sections import Told
 
 
 def memory(footprint_gib: float = 1.5, **fields) -> MemorySample:
@@ -494,7 +495,8 @@ def test_without_matplotlib_there_is_no_picture_and_the_report_says_how_to_get_i
     monkeypatch.setattr(plots, "find_spec", lambda _: None)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert not plot_losses(log.path, log.path.with_name("loss.png"))
-    text = write_report(log.path.parent, build_config()).read_text()
+    write_report(log.path.parent, build_config())
+    text = (log.path.parent / "report.md").read_text()
     assert "pip install 'mlx-qlora[plots]'" in text
     assert "loss.png" not in text
 
@@ -511,7 +513,8 @@ def test_smoothing_is_a_token_weighted_mean_that_passes_over_skipped_updates():
 def report_of(log: MetricsLog, *events, config=None, data_lines=()) -> str:
     for event in events:
         log(event)
-    return write_report(log.path.parent, config or build_config(), data_lines).read_text(encoding="utf-8")
+    write_report(log.path.parent, config or build_config(), Told(data_lines=data_lines))
+    return (log.path.parent / "report.md").read_text(encoding="utf-8")
 
 
 def rows_of(text: str, first: str) -> list[list[str]]:
@@ -614,5 +617,6 @@ def test_a_long_table_of_losses_is_thinned_but_keeps_first_best_and_last(log):
 
 
 def test_a_report_without_a_log_is_still_a_report(tmp_path):
-    text = write_report(tmp_path, build_config()).read_text()
+    write_report(tmp_path, build_config())
+    text = (tmp_path / "report.md").read_text()
     assert "no update yet" in text
