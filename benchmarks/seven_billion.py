@@ -1,12 +1,14 @@
-"""A 7B model trains in the memory of a small Mac: the presets, under a hard limit.
+"""A model trains in the memory of a small Mac: the presets, under a hard limit.
 
     python benchmarks/seven_billion.py --preset mac-8gb
+    python benchmarks/seven_billion.py --preset mac-8gb --shape data/shapes/SmolLM2-360M
 
-A random model of Mistral-7B's shape in int4 (3.8 GiB of files, made once) takes two steps of the preset
-through `mlx-qlora train`, in a Linux control group (root needed) with two thirds of the Mac's memory: 5.3 GiB
-for 8 GB, 10.6 GiB for 16 GB. Every row fills the window. Printed: the peak of the process, what
-`mlx-qlora plan` predicted, seconds. A CPU computes in float32, scales included: 0.4 GiB more than the
-bfloat16 of a Mac. With a system BLAS and two cores a step of mac-8gb takes minutes; without one, hours.
+A random model in int4 of Mistral-7B's shape (3.8 GiB of files, made once), or of any config.json, takes two
+steps of the preset through `mlx-qlora train`, in a Linux control group (root needed) with two thirds of the
+Mac's memory: 5.3 GiB for 8 GB, 10.6 GiB for 16 GB, 21.3 GiB for 32 GB. Every row fills the window. Printed:
+the peak of the process, what `mlx-qlora plan` predicted, seconds. A CPU computes in float32, scales included:
+0.4 GiB more for 7B than the bfloat16 of a Mac. With a system BLAS and two cores a step of mac-8gb takes
+minutes for 7B; without one, hours.
 """
 
 from __future__ import annotations
@@ -24,30 +26,43 @@ from rich.console import Console
 from rich.table import Table
 
 GIB = 1024**3
-LIMITS_GIB = {"mac-8gb": 5.3, "mac-16gb": 10.6}
-DEMO_MODEL = Path(__file__).parents[1] / "data" / "demo" / "model"
-HIDDEN, MLP, LAYERS, HEADS, KEY_HEADS, HEAD_DIM, VOCABULARY = 4096, 14336, 32, 32, 8, 128, 32_000
+LIMITS_GIB = {"mac-8gb": 5.3, "mac-16gb": 10.6, "mac-32gb": 21.3}
+USUAL = ("mac-8gb", "mac-16gb")
+"""The presets that are measured when none is named."""
+DATA = Path(__file__).parents[1] / "data"
+DEMO_MODEL, SHAPE = DATA / "demo" / "model", DATA / "shapes" / "Mistral-7B"
 GROUP_SIZE, BITS = 64, 4
 
 
 def main(
-    preset: Annotated[list[str] | None, typer.Option(help="mac-8gb, mac-16gb; both when not given.")] = None,
+    preset: Annotated[
+        list[str] | None, typer.Option(help="mac-8gb, mac-16gb, mac-32gb; the first two when not given.")
+    ] = None,
+    shape: Annotated[Path, typer.Option(help="Folder with the config.json of a 16-bit model.")] = SHAPE,
     steps: Annotated[int, typer.Option(min=1)] = 2,
     accumulation: Annotated[
         int | None, typer.Option(help="Micro-batches per step; the preset's own when not given.")
     ] = None,
     model: Annotated[Path | None, typer.Option(help="Where the model is made, or found again.")] = None,
+    record: Annotated[
+        Path | None, typer.Option(help="Add the figures to this JSON file: docs/presets.json.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Measure the presets and print a table."""
-    model = model or Path(tempfile.gettempdir(), "mlx_qlora-7b")
+    name = "mlx_qlora-7b" if shape == SHAPE else f"mlx_qlora-{shape.name}"
+    model = model or Path(tempfile.gettempdir(), name)
     if not (model / "config.json").exists():
-        write_model(model)
-    results = {name: measure(name, model, steps, accumulation) for name in preset or LIMITS_GIB}
+        write_model(model, shape)
+    results = {name: measure(name, model, steps, accumulation) for name in preset or USUAL}
+    if record is not None:
+        found = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+        found[shape.name] = {**found.get(shape.name, {}), **results}
+        record.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     if as_json:
         print(json.dumps(results))
         return
-    table = Table(title=f"Mistral-7B's shape, int4, {steps} steps", title_justify="left")
+    table = Table(title=f"{shape.name}'s shape, int4, {steps} steps", title_justify="left")
     for column in ("preset", "limit GiB", "peak GiB", "predicted GiB", "seconds", "tokens/s"):
         table.add_column(column, justify="right")
     for name, result in results.items():
@@ -79,6 +94,7 @@ def measure(preset: str, model: Path, steps: int, accumulation: int | None) -> d
         )
     result = _object(trained)
     return {
+        "steps": steps,
         "limit_bytes": limit_bytes,
         "peak_bytes": result["peak_memory_bytes"],
         "predicted_bytes": plan["peak_bytes"],
@@ -89,15 +105,15 @@ def measure(preset: str, model: Path, steps: int, accumulation: int | None) -> d
     }
 
 
-def write_model(folder: Path) -> None:
-    """Write the model a layer at a time, with the tokenizer of the embedded one."""
+def write_model(folder: Path, shape: Path) -> None:
+    """Write a random model of a shape a layer at a time, with the tokenizer of the embedded one."""
     import mlx.core as mx
 
     say(f"Making the model in {folder} …")
     folder.mkdir(parents=True, exist_ok=True)
     mx.random.seed(0)
     shards: dict[str, str] = {}
-    for number, tensors in enumerate(_shards()):
+    for number, tensors in enumerate(_shards(shape)):
         name = f"model-{number + 1:05d}.safetensors"
         mx.save_safetensors(str(folder / name), tensors, {"format": "mlx"})
         shards |= dict.fromkeys(tensors, name)
@@ -105,47 +121,34 @@ def write_model(folder: Path) -> None:
     for file in DEMO_MODEL.glob("*token*"):
         (folder / file.name).write_bytes(file.read_bytes())
     quantization = {"group_size": GROUP_SIZE, "bits": BITS, "mode": "affine"}
-    config = {
-        "model_type": "mistral",
-        "architectures": ["MistralForCausalLM"],
-        "hidden_size": HIDDEN,
-        "intermediate_size": MLP,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KEY_HEADS,
-        "head_dim": HEAD_DIM,
-        "rms_norm_eps": 1e-5,
-        "vocab_size": VOCABULARY,
-        "max_position_embeddings": 32_768,
-        "rope_theta": 10_000.0,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "quantization": quantization,
-        "quantization_config": quantization,
-    }
+    config = json.loads((shape / "config.json").read_text(encoding="utf-8"))
+    config |= {"quantization": quantization, "quantization_config": quantization}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")  # last: the model is whole
 
 
-def _shards() -> Iterator[dict[str, Any]]:
+def _shards(shape: Path) -> Iterator[dict[str, Any]]:
+    """The tensors, those of one layer at a time; a model without values gives their names and shapes."""
     import mlx.core as mx
+    from mlx.utils import tree_flatten
 
-    def norm() -> Any:
-        return mx.ones((HIDDEN,), mx.bfloat16)
+    from mlx_qlora.weights.plan import skeleton
+    from mlx_qlora.weights.source import resolve_model
 
-    yield _quantized("model.embed_tokens", VOCABULARY, HIDDEN)
-    for layer in range(LAYERS):
-        at = f"model.layers.{layer}"
-        yield (
-            _quantized(f"{at}.self_attn.q_proj", HEADS * HEAD_DIM, HIDDEN)
-            | _quantized(f"{at}.self_attn.k_proj", KEY_HEADS * HEAD_DIM, HIDDEN)
-            | _quantized(f"{at}.self_attn.v_proj", KEY_HEADS * HEAD_DIM, HIDDEN)
-            | _quantized(f"{at}.self_attn.o_proj", HIDDEN, HEADS * HEAD_DIM)
-            | _quantized(f"{at}.mlp.gate_proj", MLP, HIDDEN)
-            | _quantized(f"{at}.mlp.up_proj", MLP, HIDDEN)
-            | _quantized(f"{at}.mlp.down_proj", HIDDEN, MLP)
-            | {f"{at}.input_layernorm.weight": norm(), f"{at}.post_attention_layernorm.weight": norm()}
-        )
-    yield _quantized("lm_head", VOCABULARY, HIDDEN) | {"model.norm.weight": norm()}
+    model = skeleton(resolve_model(str(shape), needs_weights=False))
+    is_stored_small = {path for path, module in model.named_modules() if hasattr(module, "to_quantized")}
+    parts: dict[str, dict[str, Any]] = {}
+    for path, array in tree_flatten(model.parameters()):
+        module, _, kind = path.rpartition(".")
+        number = next((word for word in path.split(".") if word.isdigit()), module)
+        tensors = parts.setdefault(number, {})
+        if module in is_stored_small and kind == "weight":
+            tensors[module] = array.shape  # a name without "weight": to be quantized
+        else:
+            tensors[path] = (mx.zeros if kind == "bias" else mx.ones)(array.shape, mx.bfloat16)
+    for tensors in parts.values():
+        made = [_quantized(name, *each) for name, each in tensors.items() if isinstance(each, tuple)]
+        kept = {name: each for name, each in tensors.items() if not isinstance(each, tuple)}
+        yield {name: array for part in [kept, *made] for name, array in part.items()}
 
 
 def _quantized(name: str, rows: int, columns: int) -> dict[str, Any]:

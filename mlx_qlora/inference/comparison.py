@@ -193,7 +193,7 @@ def _compared(
     """`row` with its figures."""
     copy = work / "copy"
     try:
-        folder, row = source.folder, replace(row, stored_as=_float_type(source))
+        folder, row = source.folder, replace(row, stored_as=float_type(source.folder))
         if scheme is not None:
             on_phase(row.scheme, "quantizing")
             folder, row = _quantized(row, scheme, source, copy, on_bytes)
@@ -244,10 +244,10 @@ def _quantized(
     )
 
 
-def _float_type(source: ModelSource) -> str:
+def float_type(folder: Path) -> str:
     """The type that most of the checkpoint's bytes have: bfloat16, float32."""
     sizes: dict[str, int] = {}
-    for info in read_checkpoint(source.folder).values():
+    for info in read_checkpoint(folder).values():
         sizes[info.dtype] = sizes.get(info.dtype, 0) + info.num_bytes
     name = max(sizes, key=lambda each: sizes[each])
     return {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}.get(name, name)

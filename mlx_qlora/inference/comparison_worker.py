@@ -1,16 +1,10 @@
 """One scheme, measured in a process of its own: what it costs to run, and how far its answers are off.
 
-``python -m mlx_qlora.inference.comparison_worker`` reads one task as a line of JSON from standard input and
-writes lines of JSON to standard output: progress, then a result or an error. When standard input closes, its
-parent is gone, and it ends.
+``python -m mlx_qlora.inference.comparison_worker``, see `mlx_qlora.inference.worker`; it tells its ``phase``.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -18,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_qlora.config import DataConfig, QuantizationConfig
-from mlx_qlora.errors import DataError, MlxQloraError
-from mlx_qlora.storage import plain_json
+from mlx_qlora.errors import DataError
+from mlx_qlora.inference.worker import Said, work
 
 PROMPT_TOKENS = 32
 WARM_UP_TOKENS = 4
@@ -198,29 +192,9 @@ def _exact_match(
     return exact_match(assistant, conversations).share, len(conversations)
 
 
-def main() -> None:
-    """Do the task on standard input."""
-    # What libraries print must not stand between our lines.
-    out = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-
-    def tell(kind: str, value: Any) -> None:
-        out.write(json.dumps(plain_json({kind: value})) + "\n")
-        out.flush()
-
-    task = Task(**json.loads(sys.stdin.readline()))
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    try:
-        tell("measured", asdict(measure(task, lambda phase: tell("phase", phase))))
-    except MlxQloraError as error:
-        said = {"type": type(error).__name__, "what": error.what, "where": error.where, "run": error.run}
-        tell("error", said)
-
-
-def _end_with_parent() -> None:
-    sys.stdin.read()  # until the parent closes it, or is killed
-    os._exit(1)
+def _do(task: dict[str, Any], tell: Said) -> dict[str, Any]:
+    return asdict(measure(Task(**task), lambda phase: tell("phase", phase)))
 
 
 if __name__ == "__main__":
-    main()
+    work(_do)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 import mlx.core as mx
@@ -17,6 +18,11 @@ from mlx_qlora.lora.layers import LoRALinear, lora_scale
 from mlx_qlora.lora.pissa import PiSSALinear
 
 _LAYER_INDEX = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+
+
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""Layers that some models keep in one piece (Phi-3). Named together, their parts mean the whole, so that the
+presets train such a model too: one low-rank pair for all parts."""
 
 
 def attach(model: nn.Module, config: LoraConfig, seed: int) -> list[str]:
@@ -74,10 +80,11 @@ def target_paths(model: nn.Module, config: LoraConfig) -> list[str]:
         ConfigError: as for `attach`.
     """
     linears, embeddings = adaptable_paths(model)
+    names = _with_fused(config.target_modules, linears)
     chosen = {
         name: [path for path in embeddings if _ends_in(path, name)]
         + [path for path in linears if _is_named(path, name)]
-        for name in config.target_modules
+        for name in names
     }
     unmatched = [name for name, paths in chosen.items() if not paths]
     if unmatched:
@@ -91,6 +98,15 @@ def target_paths(model: nn.Module, config: LoraConfig) -> list[str]:
     wanted = set().union(*chosen.values())
     paths = [path for path in (*embeddings, *linears) if path in wanted]
     return [path for path in paths if (index := layer_index(path)) is None or index >= first]
+
+
+def _with_fused(names: Sequence[str], linears: Sequence[str]) -> Sequence[str]:
+    """`names`, where all parts of a layer that this model keeps in one piece are that layer."""
+    there = {path.rsplit(".", 1)[-1] for path in linears}
+    for whole, parts in FUSED.items():
+        if whole in there and not there & set(parts) and set(parts) <= set(names):
+            names = [*(name for name in names if name not in parts), whole]
+    return names
 
 
 def layer_index(path: str) -> int | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mlx_qlora.errors import ConfigError, DataError, ModelError
-from mlx_qlora.inference import comparison, comparison_figure, comparison_process
+from mlx_qlora.inference import comparison, comparison_figure, worker
 from mlx_qlora.inference.comparison import FLOAT_NAMES, Comparison, Request, Row, compare
 from mlx_qlora.inference.comparison_figure import check_figure, save_figure
 from mlx_qlora.inference.comparison_worker import Measured
@@ -113,9 +113,9 @@ def test_as_json_every_row_has_the_same_reading_whether_measured_or_not():
 
 
 def test_a_killed_worker_is_said_to_have_run_out_of_memory_and_a_crash_shows_its_last_lines():
-    assert "memory" in comparison_process._death(-signal.SIGKILL, "")
-    assert "signal 11" in comparison_process._death(-signal.SIGSEGV, "")
-    said = comparison_process._death(1, "\n".join(f"line {n}" for n in range(9)))
+    assert "memory" in worker.death(-signal.SIGKILL, "")
+    assert "signal 11" in worker.death(-signal.SIGSEGV, "")
+    said = worker.death(1, "\n".join(f"line {n}" for n in range(9)))
     assert "exit code 1" in said
     assert "line 8" in said
     assert "line 5" not in said

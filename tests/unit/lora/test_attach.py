@@ -7,7 +7,8 @@ from mlx.utils import tree_flatten
 from mlx_qlora.config import LoraConfig
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.lora.attach import attach, target_paths
-from tests.tiny import tiny_llama
+from mlx_qlora.presets import preset
+from tests.tiny import tiny_llama, tiny_model
 
 
 def test_short_names_match_in_every_layer():
@@ -72,3 +73,19 @@ def test_the_initial_matrices_are_a_function_of_the_seed():
     names = [name for name in first if name.endswith("lora_a")]
     assert not any(mx.array_equal(first[name], other[name]) for name in names)
     assert not mx.array_equal(first[names[0]], first[names[-1]])
+
+
+def test_the_presets_train_a_model_that_keeps_query_key_and_value_in_one_layer():
+    names = tuple(preset("mac-8gb")["lora"]["target_modules"])
+    paths = target_paths(tiny_model("phi3"), LoraConfig(target_modules=names))
+    assert paths == ["model.layers.0.self_attn.qkv_proj", "model.layers.1.self_attn.qkv_proj"]
+    both = LoraConfig(target_modules=("gate_proj", "up_proj", "down_proj"), num_layers=1)
+    assert target_paths(tiny_model("phi3"), both) == [
+        "model.layers.1.mlp.down_proj",
+        "model.layers.1.mlp.gate_up_proj",
+    ]
+
+
+def test_a_part_alone_of_a_layer_in_one_piece_is_refused():
+    with pytest.raises(ConfigError, match="q_proj"):
+        target_paths(tiny_model("phi3"), LoraConfig(target_modules=("q_proj", "v_proj")))

@@ -1,0 +1,1 @@
+"""Measured comparisons that train and ask: above the rooms that do either."""
