@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     from mlx_qlora.api import evaluate, generate, load, plan, quantize, stream, train
     from mlx_qlora.config import RunConfig, build_config, read_config
     from mlx_qlora.presets import preset
+    from mlx_qlora.training.live_plot import LivePlot
     from mlx_qlora.weights.gguf import open_gguf
 
 __version__ = "0.1.0"
 __all__ = [
+    "LivePlot",
     "RunConfig",
     "build_config",
     "evaluate",
@@ -37,6 +39,7 @@ load_system_blas()
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 _HOMES = {
+    "LivePlot": "mlx_qlora.training.live_plot",
     "RunConfig": "mlx_qlora.config",
     "build_config": "mlx_qlora.config",
     "read_config": "mlx_qlora.config",

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
+
+import mlx.core as mx
 
 from mlx_qlora.config import DataConfig, ModelConfig, QuantizationConfig, RunConfig, build_config
 from mlx_qlora.dataset import Example, in_order, render_prompt
@@ -20,8 +23,8 @@ from mlx_qlora.quantization.environment import quantization_from_environment
 from mlx_qlora.quantization.policy import recipe_of
 from mlx_qlora.quantization.settings import quantization_from
 from mlx_qlora.quantization.translation import Filter, Translation
-from mlx_qlora.training.display import ProgressDisplay
 from mlx_qlora.training.events import Observer
+from mlx_qlora.training.live_plot import LivePlot
 from mlx_qlora.training.planning import RunPlan, plan_run, work_of
 from mlx_qlora.training.run import TrainedRun, resumed_config
 from mlx_qlora.training.run import train as train_run
@@ -33,6 +36,28 @@ from mlx_qlora.weights.stream import QuantizeResult, quantize_checkpoint
 Progress = Callable[[int, int], None]
 
 
+@contextmanager
+def _session_kept() -> Iterator[None]:
+    """Leave MLX's global generator as it was, and let the traceback of an exception keep no model.
+
+    A model that is built draws its first weights at random, and a notebook keeps the last traceback: with it
+    the base that was loaded would stay in memory, beside the one that the next run of the cell loads.
+    """
+    generator: Any = mx.random.state  # of a type that MLX's stubs do not tell
+    high, low = generator[0].tolist()
+    try:
+        yield
+    except BaseException as error:
+        link: BaseException | None = error
+        while link is not None:
+            traceback.clear_frames(link.__traceback__)
+            link = link.__cause__ or link.__context__
+        raise
+    finally:
+        mx.random.seed(high << 32 | low)  # a key is the two halves of its seed
+
+
+@_session_kept()
 def load(
     model: str | None = None,
     *,
@@ -145,6 +170,7 @@ def stream(
         yield piece
 
 
+@_session_kept()
 def quantize(
     model: str,
     output: str | Path,
@@ -173,6 +199,7 @@ def quantize(
     return quantize_checkpoint(source, Path(output), recipe, on_bytes=on_bytes)
 
 
+@_session_kept()
 def train(
     config: RunConfig | dict[str, Any],
     adapter_path: str | Path,
@@ -187,18 +214,21 @@ def train(
     Args:
         config: A RunConfig, or a tree of its keys.
         resume: Go on if a run was begun in `adapter_path`; begin otherwise.
-        observers: Told every event; None shows progress on standard error.
+        observers: Told every event. None shows progress: a `LivePlot` in a notebook, lines on standard error
+            elsewhere.
         force: Train although the memory plan does not fit.
     """
     run = build_config(config) if isinstance(config, dict) else config
     is_begun = (Path(adapter_path) / "run.yaml").is_file()
-    with closing(ProgressDisplay(run.training.steps_per_report)) as display:
-        watching = [display] if observers is None else list(observers)
+    shown = LivePlot(adapter_path=adapter_path, steps_per_report=run.training.steps_per_report)
+    with closing(shown):
+        watching = [shown] if observers is None else list(observers)
         return train_run(
             run, adapter_path, resume=resume and is_begun, observers=watching, on_bytes=on_bytes, force=force
         )
 
 
+@_session_kept()
 def plan(config: RunConfig | dict[str, Any], *, memory: str | None = None) -> RunPlan:
     """What a run's memory will be, from config.json and, where there is data and a tokenizer, its rows.
 
@@ -216,6 +246,7 @@ def evaluate(model: Any, examples: list[Example], *, batch_size: int = 4) -> Eva
 
 
 __all__ = [
+    "LivePlot",
     "evaluate",
     "generate",
     "load",

@@ -25,6 +25,10 @@ class MlxQloraError(Exception):
             lines.append(f"Run: {run}")
         super().__init__("\n".join(lines))
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows of it: what a command prints, without a traceback. IPython asks for this."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class ConfigError(MlxQloraError):
     """A configuration key or value that does not exist or does not fit."""

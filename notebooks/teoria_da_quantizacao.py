@@ -14,8 +14,8 @@
 # %% [markdown]
 # # Teoria da quantização, medida
 #
-# Cada número e cada figura desta página são calculados quando a célula corre; nada está escrito à mão.
-# O código vive em `mlx_qlora.lab`; na linha de comandos é `mlx-qlora lab`. É preciso
+# Cada número e cada figura desta página são calculados quando a célula roda; nada está escrito à mão.
+# O código vive em `mlx_qlora.lab`; na linha de comando é `mlx-qlora lab`. Instale antes:
 # `pip install 'mlx-qlora[lab]'`.
 
 # %%
@@ -35,13 +35,13 @@ achados = {}
 
 
 def mostrar(tema, tabelas=True):
-    """Corre um tema: figura, tabelas e o que elas dizem (em inglês, como no resto do código)."""
+    """Roda um tema: figura, tabelas e o que elas dizem (em inglês, como no resto do código)."""
     achado = achados[tema] = find(tema, SEMENTE)
     figura = figure_of(achado)
     if figura is not None:
-        ficheiro = BytesIO()
-        figura.savefig(ficheiro, format="png")
-        display(Image(ficheiro.getvalue()))
+        arquivo = BytesIO()
+        figura.savefig(arquivo, format="png")
+        display(Image(arquivo.getvalue()))
     for tabela in achado.tables if tabelas else ():
         linhas = [tabela.columns, ["---"] * len(tabela.columns), *tabela.cells()]
         texto = "\n".join("| " + " | ".join(linha) + " |" for linha in linhas)
@@ -59,7 +59,7 @@ list(TOPICS)
 # $$ r = S\,(Q - Z), \qquad
 # Q = \mathrm{clip}\!\left(\mathrm{round}\!\left(\frac{r}{S}\right) + Z,\; q_{\min},\; q_{\max}\right) $$
 #
-# $S$ é a **escala** (o passo da grelha) e $Z$ o **ponto zero** (o código de $r = 0$).
+# $S$ é a **escala** (o passo da grade) e $Z$ o **ponto zero** (o código de $r = 0$).
 #
 # - Assimétrica: $S = \dfrac{r_{\max} - r_{\min}}{q_{\max} - q_{\min}}$ e
 #   $Z = \mathrm{round}\!\left(q_{\min} - \dfrac{r_{\min}}{S}\right)$.
@@ -127,7 +127,7 @@ mostrar("packing")
 # ## 6. Acumuladores de 32 bits
 #
 # Uma soma de $K$ produtos de códigos de 8 bits cabe em `int32` se $K \cdot 2^{7} \cdot 2^{7} \le 2^{31} - 1$,
-# isto é $K \le 131\,071$. Com mais um produto transborda de verdade:
+# isto é, $K \le 131\,071$. Com mais um produto, transborda de verdade:
 
 # %%
 mostrar("accumulators")
@@ -146,7 +146,7 @@ mostrar("snr")
 # ### O ruído $e(n) = \hat x(n) - x(n)$ é mesmo uniforme?
 #
 # Dois testes (Kolmogorov–Smirnov e $\chi^2$) respondem. O modelo falha com poucos bits e com tons puros; o
-# *dither* repõe-no.
+# *dither* o restaura.
 
 # %%
 mostrar("noise")
