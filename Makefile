@@ -3,13 +3,14 @@
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test check bench setup clean
+.PHONY: help demo test check docs bench setup clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    set up, then quantize, train and ask the embedded model"
 	@echo "make test    set up, then run the tests"
 	@echo "make check   lint, types, import layers"
+	@echo "make docs    the documentation's site, in build/site"
 	@echo "make bench   list the benchmarks' commands"
 	@echo "make setup   only set up, with everything that a contributor needs"
 	@echo "make clean   remove the environment and the demo's adapter"
@@ -26,6 +27,11 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/bandit -q -c pyproject.toml -r mlx_qlora
+
+# Warnings are errors: a dead link or a page outside the navigation is one. Nothing is fetched.
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 # A benchmark's command is the first indented line of its own docstring.
 bench:

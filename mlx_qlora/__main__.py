@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command_from_info
 from typer.models import CommandInfo
 
@@ -15,11 +15,16 @@ from mlx_qlora.errors import Interrupted, MlxQloraError
 
 COMMANDS = {
     "demo": "quantize, train and ask the embedded model: the whole job in a minute",
+    "doctor": "look at this machine: what keeps a run from working, and the command that helps",
+    "init": "write a run.yaml in which every key is explained; its schema, so that editors complete",
     "presets": "settings for Macs with 8, 16 and 32 GB",
+    "data": "look through your rows, bring them into form, split them",
     "plan": "predicted peak memory of a run, from config.json alone",
     "quantize": "turn a 16-bit checkpoint into a quantized one, tensor by tensor",
     "compare": "storage formats side by side: size, memory, speed, and what becomes of the answers",
     "train": "train an adapter on your data; stops and resumes at any moment",
+    "compare-training": "LoRA beside QLoRA in each scheme: size, memory, time, quality, all measured",
+    "watch": "look at a run from another terminal: progress, loss, memory, time left",
     "infer": "ask one question",
     "chat": "talk with a model in the terminal",
     "serve": "an OpenAI-compatible server for a base and any number of adapters",
@@ -51,10 +56,20 @@ class LazyGroup(TyperGroup):
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
+    def shell_complete(self, ctx: Any, incomplete: str) -> Any:  # noqa: ARG002
+        """Names for the shell, each with what it does, without importing any of them."""
+        named: dict[str, Any] = {name: TyperCommand(name, short_help=text) for name, text in COMMANDS.items()}
+        listed = TyperGroup(name=self.name, params=self.params, commands=named)
+        return listed.shell_complete(typer.Context(listed), incomplete)
+
 
 def load_command(name: str) -> Any:
     """The click command `name`, from the function of that name in ``mlx_qlora.commands.<name>``."""
     function = getattr(import_module(f"mlx_qlora.commands.{name.replace('-', '_')}"), name.replace("-", "_"))
+    if isinstance(function, typer.Typer):  # a group of commands
+        group = typer.main.get_group(function)
+        group.name = name
+        return group
     info = CommandInfo(name=name, callback=function)
     return get_command_from_info(info, pretty_exceptions_short=True, rich_markup_mode=None)
 

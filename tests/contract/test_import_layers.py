@@ -24,6 +24,7 @@ def test_the_rooms_import_downwards_only():
         ("import mlx_qlora.commands.train", ["mlx_lm", "transformers", "matplotlib"]),
         ("import mlx_qlora.commands.infer", ["mlx_lm", "transformers", "mlx.data", "matplotlib"]),
         ("import mlx_qlora.dataset, mlx_qlora.weights.loader", ["mlx_lm", "transformers", "huggingface_hub"]),
+        ("import mlx_qlora.training.watching", ["mlx.core", "mlx_lm", "numpy"]),
         ("import mlx_qlora; mlx_qlora.load", ["mlx_lm", "transformers", "matplotlib"]),
     ],
 )

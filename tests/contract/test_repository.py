@@ -2,7 +2,6 @@
 
 import ast
 import re
-import shlex
 import subprocess
 from pathlib import Path
 
@@ -82,19 +81,6 @@ def test_every_preset_is_valid(name):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help_with_an_example(name):
     assert "Example: " in (load_command(name).help or "")
-
-
-def readme_commands() -> list[str]:
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    joined = "\n".join(blocks).replace("\\\n", " ")
-    return [line for line in joined.splitlines() if line.startswith(("mlx-qlora", "python -m mlx_qlora"))]
-
-
-@pytest.mark.parametrize("line", readme_commands())
-def test_the_readmes_commands_parse(line):
-    words = shlex.split(line, comments=True)
-    name, arguments = ("infer", words[3:]) if words[0] == "python" else (words[1], words[2:])
-    load_command(name).make_context(name, arguments)
 
 
 @pytest.mark.parametrize("target", ["demo", "test"])
