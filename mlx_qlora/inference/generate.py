@@ -95,14 +95,22 @@ class Assistant:
         Raises:
             DataError: the chat template refuses the conversation, or fails.
         """
+        prompt = self.prompt(messages, system=system)
+        yield from generate_pieces(self.model, self.tokenizer, prompt, sampling or Sampling())
+
+    def prompt(self, messages: Sequence[dict[str, str]], *, system: str | None = None) -> list[int]:
+        """The tokens that ask for the answer to a conversation.
+
+        Raises:
+            DataError: as `stream`.
+        """
         system_prompt = (
             system if system is not None else (self.adapter.system_prompt if self.adapter else None)
         )
         try:
-            prompt = render_prompt(self.tokenizer, list(messages), system_prompt)
+            return render_prompt(self.tokenizer, list(messages), system_prompt)
         except BadRow as error:
             raise DataError(f"This cannot be asked: {error}", where=self.base.source.name) from None
-        yield from generate_pieces(self.model, self.tokenizer, prompt, sampling or Sampling())
 
 
 def load_assistant(
@@ -116,6 +124,7 @@ def load_assistant(
     offload: bool = False,
     offload_budget_gib: float | None = None,
     on_bytes: Callable[[int, int], None] | None = None,
+    is_lazy: bool = False,
 ) -> Assistant:
     """Load a base model and, when given, the adapter that belongs to it.
 
@@ -127,6 +136,7 @@ def load_assistant(
         offload: Leave layers that do not fit in memory in their files.
         offload_budget_gib: What the weights may take of memory then; see ``model.offload_budget_gib``.
         on_bytes: Called with (done, total) while the base is being quantized.
+        is_lazy: Leave the base's weights unread until they are first used.
 
     Raises:
         MlxQloraError: nothing to load, or the adapter belongs to another base.
@@ -143,7 +153,7 @@ def load_assistant(
     stored = quantization or (info.quantization if info else QuantizationConfig(scheme="none"))
     if info is not None:
         check_quantization(info, stored)
-    base = load_base(model_config, stored, on_bytes=on_bytes)
+    base = load_base(model_config, stored, on_bytes=on_bytes, is_lazy=is_lazy)
     if info is not None:
         info.check_tokenizer(tokenizer_sha256(base.tokenizer))
     ensure_chat_template(base.tokenizer, info.chat_template if info else None)
@@ -166,12 +176,21 @@ def _model_config(
 
 
 def generate_pieces(
-    model: nn.Module, tokenizer: Any, prompt: list[int], sampling: Sampling
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: list[int],
+    sampling: Sampling,
+    *,
+    agreed: Callable[[Any], Any] | None = None,
 ) -> Iterator[tuple[str, Answer]]:
     """The continuation of `prompt` (token ids), piece by piece; with each piece, the whole so far.
 
     Generation itself is mlx-lm's. On a CPU a prompt of many tokens goes through unpacked weights, as a
     batch does in training, and its first token comes several times sooner with a fast BLAS.
+
+    Args:
+        agreed: Makes of the tokens chosen here, an array, those that are taken: where ranks answer
+            together, one chooses for all.
     """
     import mlx.core as mx
     from mlx_lm.generate import stream_generate
@@ -179,7 +198,8 @@ def generate_pieces(
 
     if sampling.seed is not None:
         mx.random.seed(sampling.seed)
-    sampler = make_sampler(temp=sampling.temperature, top_p=sampling.top_p if sampling.top_p < 1 else 0.0)
+    choose = make_sampler(temp=sampling.temperature, top_p=sampling.top_p if sampling.top_p < 1 else 0.0)
+    sampler = choose if agreed is None else lambda logprobs: agreed(choose(logprobs))
     started, first, text = time.perf_counter(), None, ""
     with dense_products(model):
         responses = stream_generate(model, tokenizer, prompt, max_tokens=sampling.max_tokens, sampler=sampler)

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import json
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
 
 from mlx_qlora.errors import ConfigError
-from mlx_qlora.training.launcher import HostsLauncher, Launcher, LocalLauncher, Place
+from mlx_qlora.training.launcher import RANK_COMMAND, HostsLauncher, Launcher, LocalLauncher, Place
 
 BACKENDS = ("ring", "jaccl")
 """MLX's ways between machines that a Mac can have."""
 
 
 def launcher_for(
-    processes: int = 1, *, hosts: str | None = None, hostfile: Path | None = None, backend: str = "ring"
+    processes: int = 1,
+    *,
+    hosts: str | None = None,
+    hostfile: Path | None = None,
+    backend: str = "ring",
+    command: Sequence[str] = RANK_COMMAND,
 ) -> Launcher:
-    """The launcher that the options of ``mlx-qlora train`` ask for.
+    """The launcher that the options of ``mlx-qlora train`` and ``infer`` ask for.
+
+    Args:
+        command: What each rank runs.
 
     Raises:
         ConfigError: they do not go together, or a backend is not there.
@@ -31,10 +40,10 @@ def launcher_for(
         raise ConfigError("The machines are named twice.", where="--hosts, --hostfile")
     _check_backend(backend, hostfile)
     if hostfile is not None:
-        return HostsLauncher(read_hostfile(hostfile), backend=backend, hostfile=hostfile)
+        return HostsLauncher(read_hostfile(hostfile), backend=backend, hostfile=hostfile, command=command)
     if hosts is not None:
-        return HostsLauncher(places_of(hosts), backend=backend)
-    return LocalLauncher(processes)
+        return HostsLauncher(places_of(hosts), backend=backend, command=command)
+    return LocalLauncher(processes, commands=[command] * processes)
 
 
 def _check_backend(backend: str, hostfile: Path | None) -> None:

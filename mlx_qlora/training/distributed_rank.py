@@ -6,7 +6,6 @@ ended. When the connection closes, the supervisor is gone and the process ends a
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import os
 import signal
@@ -21,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 from mlx_qlora.errors import Interrupted, MlxQloraError
 from mlx_qlora.training.distributed_messages import (
     CONTROL,
-    PARENT,
     TOKEN,
     Connection,
     Message,
 )
+from mlx_qlora.training.launcher import end_with_parent
 
 if TYPE_CHECKING:
     from mlx_qlora.training.distributed import Ranks
@@ -35,9 +34,6 @@ HEARTBEAT_SECONDS = 1.0
 JOIN_SECONDS = 60.0
 """A rank that is still joining then, with nobody to stop it, ends itself."""
 
-_PR_SET_PDEATHSIG = 1
-"""linux/prctl.h"""
-
 
 def main() -> int:
     """Train as the rank that the environment says, and tell the supervisor how it ended.
@@ -45,7 +41,7 @@ def main() -> int:
     Returns:
         An exit code; nobody relies on it.
     """
-    _end_with_parent()
+    end_with_parent()
     rank = int(os.environ["MLX_RANK"])
     host, _, port = os.environ[CONTROL].rpartition(":")
     connection = Connection(socket.create_connection((host, int(port)), timeout=10))
@@ -187,16 +183,6 @@ def _interrupt(number: int, _frame: Any) -> None:
 def _end() -> None:
     """Without clean-up, which may wait for other ranks; rank 0's files are whole at any time."""
     os._exit(1)
-
-
-def _end_with_parent() -> None:
-    """On Linux the kernel ends a rank whose supervisor was killed, even a rank that is stopped."""
-    parent = os.environ.pop(PARENT, None)
-    if parent is None or sys.platform != "linux":
-        return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(parent):
-        _end()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import random
@@ -19,6 +20,9 @@ from mlx_qlora.training.distributed_messages import CONTROL, PARENT, TOKEN
 
 RANK_COMMAND = (sys.executable, "-m", "mlx_qlora.training.distributed_rank")
 LOG_LINES = 12
+
+_PR_SET_PDEATHSIG = 1
+"""linux/prctl.h"""
 
 
 @dataclass(frozen=True)
@@ -163,14 +167,20 @@ class HostsLauncher(Launcher):
         places: The machines, in the order of the ring.
         backend: ring (TCP), or jaccl where MLX has it (macOS 26.2, Thunderbolt 5).
         hostfile: As ``mlx.distributed_config`` writes it; jaccl needs one, since it names RDMA devices.
+        command: What each rank runs.
     """
 
     def __init__(
-        self, places: Sequence[Place], *, backend: str = "ring", hostfile: Path | None = None
+        self,
+        places: Sequence[Place],
+        *,
+        backend: str = "ring",
+        hostfile: Path | None = None,
+        command: Sequence[str] = RANK_COMMAND,
     ) -> None:
         super().__init__(places)
         self.backend, self._hostfile = backend, hostfile
-        self.command = RANK_COMMAND
+        self.command = command
 
     def start(self, folder: Path, control: str, token: str) -> Started:
         """See `Launcher.start`."""
@@ -212,3 +222,13 @@ def random_ports(count: int) -> list[int]:
     """Neighbouring ports on machines that cannot be asked; a run that meets a taken one starts again."""
     first = random.SystemRandom().randrange(20_000, 32_000 - count)  # below the range systems give out
     return list(range(first, first + count))
+
+
+def end_with_parent() -> None:
+    """On Linux the kernel ends a rank whose supervisor was killed, even a rank that is stopped."""
+    parent = os.environ.pop(PARENT, None)
+    if parent is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(parent):
+        os._exit(1)

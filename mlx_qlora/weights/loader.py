@@ -56,11 +56,18 @@ class BaseModel:
 
 
 def load_base(
-    model: ModelConfig, quantization: QuantizationConfig, on_bytes: OnBytes | None = None
+    model: ModelConfig,
+    quantization: QuantizationConfig,
+    on_bytes: OnBytes | None = None,
+    *,
+    is_lazy: bool = False,
 ) -> BaseModel:
     """Load a base model; an unquantized one is quantized first, once, into the user's cache.
 
     A model that is quantized already is taken as it is, whatever `quantization` says.
+
+    Args:
+        is_lazy: Leave weights unread until they are first used: for a process that keeps a part of them.
 
     Raises:
         MlxQloraError: the model cannot be found, read or quantized.
@@ -80,7 +87,7 @@ def load_base(
     dtype = _dtype(model.dtype, module)
     _cast(module, dtype)
     offload, said = _offload(module, folder, model) if model.offload else (None, ())
-    if offload is None:
+    if offload is None and not is_lazy:
         mx.eval(module.parameters())
     from mlx_lm.utils import get_total_parameters
 
