@@ -131,7 +131,7 @@ def _run(parts: Parts, *, resume: bool) -> tuple[RunFinished, tuple[Suggestion, 
     metrics, later = MetricsLog(parts.folder / METRICS), list[Observer]()
     is_first = parts.ranks.is_first
     emit = fan_out([*([metrics] if is_first else []), *parts.observers, lambda event: _tell(later, event)])
-    with stop_on_signals() as stop, announced(parts.folder, num_ranks=parts.ranks.size, is_on=is_first):
+    with stop_on_signals() as stop:
         trained = _Training(parts, metrics, emit, stop)
         with tracking(parts.config, parts.folder, trained.note, is_on=is_first) as trackers:
             later += trackers
@@ -191,15 +191,16 @@ class _Training:
             is_resumed = resume and bool(self.checkpoints.steps())
             notes = self._restore(trainer) if is_resumed else self._begin()
             planned = [parts.planned.line] if parts.planned else []
-            self.emit(run_started(trainer, parts, [*planned, *notes, *parts.base.notes, *prefix.notes]))
-            command = f"mlx-qlora train --resume --adapter-path {parts.folder}"
-            prefix.fill(on_bytes=parts.on_prefix_bytes, stop=self.stop, run=command)
-            first_tokens = trainer.progress.tokens
-            trainer.run()
-            parts.base.model.eval()
-            seconds = time.perf_counter() - started
-            finished = run_finished(trainer, parts, seconds=seconds, first_tokens=first_tokens)
-            self.emit(finished)
+            with announced(parts.folder, num_ranks=ranks.size, is_on=ranks.is_first):
+                self.emit(run_started(trainer, parts, [*planned, *notes, *parts.base.notes, *prefix.notes]))
+                command = f"mlx-qlora train --resume --adapter-path {parts.folder}"
+                prefix.fill(on_bytes=parts.on_prefix_bytes, stop=self.stop, run=command)
+                first_tokens = trainer.progress.tokens
+                trainer.run()
+                parts.base.model.eval()
+                seconds = time.perf_counter() - started
+                finished = run_finished(trainer, parts, seconds=seconds, first_tokens=first_tokens)
+                self.emit(finished)
         return finished
 
     def report(self, stop: StopRequest) -> tuple[Suggestion, ...]:

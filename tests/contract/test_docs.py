@@ -388,6 +388,7 @@ def assert_is_promised(page: str, rows: Command, ask: Command, answer: str) -> N
     assert f"`{answer}`" in (ROOT / page).read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("sandbox")
 def test_ten_rows_of_ones_own_lead_to_the_answer_that_the_portuguese_readme_promises():
     rows, train, ask = walk("README.pt-BR.md")

@@ -317,6 +317,7 @@ def last_picture(shown):
     return data[-1]["text/plain"]
 
 
+@pytest.mark.slow
 def test_the_stop_button_saves_and_the_next_run_of_the_cell_goes_on(session):
     stopped = session.folder / "stopped"
     session.run('ADAPTER = Path("stopped")')

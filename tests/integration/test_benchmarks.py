@@ -33,6 +33,7 @@ def output_of(script: str, *options: str):
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_the_step_benchmark_measures_both_sides_with_one_loss():
     sides = output_of("train_step.py", "--case", "tiny", "--side", "mlx_lm", "--side", "ours")["tiny"][
         "sides"

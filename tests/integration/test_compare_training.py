@@ -60,6 +60,7 @@ def check(row, output, num_steps):
     assert answers["tokens_per_second"] > 0
 
 
+@pytest.mark.slow
 def test_a_scheme_is_trained_and_asked_and_what_is_finished_is_kept(folder, data, tmp_path, capsys):
     output = tmp_path / "out"
     arguments = options(folder, data, output, "--set", "training.max_steps=3", "--schemes", "int4")

@@ -17,9 +17,10 @@ BASH = shutil.which("bash")
 
 @pytest.fixture(scope="module")
 def script():
-    """What --show-completion prints for bash."""
-    command = [SCRIPTS / "mlx-qlora", "--show-completion", "bash"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    """What --show-completion prints in bash; that finds out the shell it is typed in, here it is told."""
+    asked = {**os.environ, "_MLX_QLORA_COMPLETE": "source_bash"}
+    command = [SCRIPTS / "mlx-qlora"]
+    return subprocess.run(command, env=asked, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.fixture

@@ -194,6 +194,7 @@ def test_two_ranks_train_as_one_on_unequal_rows_and_an_idle_tail(quiet, alone):
     assert names[0] == names[1]
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_noticed_and_the_run_ends_bit_identical(config, quiet, tmp_path):
     launcher = Rigged(2, tmp_path)
     seen = Seen(at_step(5, lambda: launcher.send(1, signal.SIGKILL)))

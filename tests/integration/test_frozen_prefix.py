@@ -34,6 +34,7 @@ def notes_in(adapter) -> list[str]:
     return [note for line in lines for note in json.loads(line).get("notes", ()) if "frozen prefix" in note]
 
 
+@pytest.mark.slow
 def test_it_is_made_once_found_again_and_a_killed_run_ends_with_the_same_adapter(command, tmp_path):
     environment = {**os.environ, "MLX_QLORA_CACHE": str(tmp_path / "cache")}
     run = {"env": environment, "capture_output": True, "text": True}

@@ -45,7 +45,12 @@ def adapter_of(settings, folder, **options):
 
 
 @pytest.mark.parametrize(
-    ("scheme", "budget_bytes"), [("int4", 50_000), ("nf4-dq", 40_000), ("none", 250_000)]
+    ("scheme", "budget_bytes"),
+    [
+        ("int4", 50_000),
+        pytest.param("nf4-dq", 40_000, marks=pytest.mark.slow),
+        pytest.param("none", 250_000, marks=pytest.mark.slow),
+    ],
 )
 def test_the_adapter_of_a_run_is_the_resident_one(settings, tmp_path, scheme, budget_bytes):
     settings["quantization"] = {"scheme": scheme}

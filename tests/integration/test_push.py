@@ -152,7 +152,8 @@ def test_a_dry_run_needs_no_network_and_shows_tree_and_card(hub, here, made):
     assert len(hub.requests) == before
     for name in ("README.md", "adapter_config.json", "adapters.safetensors", "loss.png"):
         assert re.search(rf"^  {name} +[\d.]+ [KM]iB$", err, re.MULTILINE)
-    assert "stays here: checkpoints/, metrics.jsonl, report.md, run.yaml" in err
+    left = "checkpoints/, metrics.jsonl, process.json, report.html, report.json, report.md, run.yaml"
+    assert f"stays here: {left}" in err
     assert f"base_model: {BASE}" in out
     assert "unknown: set --license" in err
 

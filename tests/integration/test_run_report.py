@@ -57,6 +57,7 @@ def topics(trained: TrainedRun) -> dict[str, str]:
     return {said.topic: said.line for said in trained.suggestions}
 
 
+@pytest.mark.slow
 def test_a_run_that_learns_its_rows_by_heart_is_told_where_overfitting_began(tmp_path):
     data = tmp_path / "data"
     data.mkdir()
@@ -90,6 +91,7 @@ def test_a_rate_that_is_far_too_high_is_told_and_a_thousandth_of_it_is_not(rate,
     assert "overfitting" not in topics(trained), "that would set the same key"
 
 
+@pytest.mark.slow
 def test_padding_is_told_as_it_was_measured_and_packing_then_takes_fewer_positions(
     tiny_llama_folder, tmp_path
 ):
@@ -163,6 +165,7 @@ def test_the_command_prints_and_returns_what_the_report_suggests(tiny_llama_fold
     assert (tmp_path / "my club-2" / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_answers_and_trackers_leave_the_adapter_as_it_would_have_been(tiny_llama_folder, tmp_path):
     pytest.importorskip("tensorboard")
     data = write_rows(tmp_path / "data", train_rows=16, valid_rows=4)

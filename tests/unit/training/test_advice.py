@@ -106,6 +106,7 @@ def test_the_reason_says_by_what_it_was_chosen():
     assert (none.scheme, "5.00 GiB" in none.reason) == (None, True)
 
 
+@pytest.mark.slow
 def test_less_memory_never_gets_a_larger_format(config):
     sizes = []
     for memory in (1500 * MIB, 800 * MIB, 550 * MIB, 450 * MIB, 64 * MIB):

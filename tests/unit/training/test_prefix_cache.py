@@ -336,6 +336,7 @@ def trained(config, folder, *, die_after=None, resume=False) -> tuple[bytes, lis
     return (folder / "adapters.safetensors").read_bytes(), notes, losses
 
 
+@pytest.mark.slow
 def test_made_anew_found_or_resumed_a_run_ends_with_the_same_bits(
     tiny_llama_folder, rows, tmp_path, own_prefixes
 ):

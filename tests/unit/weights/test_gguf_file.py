@@ -205,6 +205,7 @@ def test_a_damaged_file_is_imported_or_refused_with_its_name(tmp_path, tiny):
     damage_and_import(tmp_path, tiny, MUTATIONS)
 
 
+@pytest.mark.slow
 def test_a_damaged_file_of_llama_cpps_is_imported_or_refused_with_its_name(tmp_path, material):
     data = (material / "gguf/stories260k/stories260K-q4_k_m.gguf").read_bytes()
     damage_and_import(tmp_path, data, MUTATIONS)
