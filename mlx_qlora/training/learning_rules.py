@@ -17,7 +17,7 @@ SPIKE_WINDOW, SPIKE_FACTOR, MIN_SPIKES = 16, 2.0, 3
 
 
 def too_high_rate(entries: Sequence[Entry], facts: RunFacts) -> Suggestion | None:
-    """Updates were skipped, undone, or spiked; or the loss ended above where it began."""
+    """Updates were skipped, undone, or spiked; or the loss ended far above where it began."""
     steps, training = updates(entries), facts.config.training
     undone = events_named(entries, "RolledBack")
     skipped = [s for s in steps if s["skipped"]]
@@ -30,6 +30,8 @@ def too_high_rate(entries: Sequence[Entry], facts: RunFacts) -> Suggestion | Non
     rise = _rise(steps)
     if rise is not None:
         evidence.append(f"the training loss rose from {rise[0]:.2f} to {rise[1]:.2f}")
+    elif (rise := _undone(entries)) is not None:
+        evidence.append(f"validation rose from {rise[0]:.2f}, the base's, to {rise[1]:.2f}")
     if not evidence:
         return None
     factor = min([0.5, *(back["learning_rate_factor"] for back in undone)])
@@ -124,6 +126,18 @@ def _spikes(steps: Sequence[Entry]) -> list[int]:
         if losses[at] > max(SPIKE_FACTOR * usual, usual + 0.5):
             found.append(steps[at]["step"])
     return found
+
+
+def _undone(entries: Sequence[Entry]) -> tuple[float, float] | None:
+    """Validation loss of the base and at the end, where training undid what the base knew.
+
+    A rate that wrecks a model does so in its first updates: their mean shows no rise any more.
+    """
+    checked = _validations(entries)
+    if not checked or checked[0]["step"] != 0:
+        return None
+    first, last = checked[0]["loss_nats"], checked[-1]["loss_nats"]
+    return (first, last) if last > max(SPIKE_FACTOR * first, first + 0.5) else None
 
 
 def _rise(steps: Sequence[Entry]) -> tuple[float, float] | None:

@@ -6,7 +6,16 @@ from tests.faults.experiments import ALL
 from tests.faults.harness import QUICK, Bench, make_data
 
 CHEAP = ("lines", "control", "config")
-NAMES = [name if name in CHEAP else pytest.param(name, marks=pytest.mark.slow) for name in ALL]
+LONG = ("commands", "writes")
+
+
+def _marks(name):
+    if name in CHEAP:
+        return []
+    return [pytest.mark.slow, pytest.mark.long] if name in LONG else [pytest.mark.slow]
+
+
+NAMES = [pytest.param(name, marks=_marks(name)) for name in ALL]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -114,6 +114,7 @@ def test_rows_that_cannot_be_used_are_told_once_and_when_nothing_fits_it_is_the_
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_stopped_it_ends_with_its_processes_and_goes_on_where_it_was(folder, data, tmp_path, capsys):
     script = (
         "import sys; from mlx_qlora.__main__ import load_command, run; "

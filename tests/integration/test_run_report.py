@@ -86,7 +86,9 @@ def test_a_rate_that_is_far_too_high_is_told_and_a_thousandth_of_it_is_not(rate,
         assert "learning rate" not in topics(trained)
         return
     said = topics(trained)["learning rate"]
-    assert re.search(r"the training loss rose from \d\.\d\d to \d\.\d\d", said)
+    # Such a run is chaotic: another order of additions, and its first updates are as bad as its last.
+    rise = re.search(r"rose from (\d+\.\d\d)(?:, the base's,)? to (\d+\.\d\d)", said)
+    assert float(rise[2]) > float(rise[1]) + 0.1
     assert "--set training.learning_rate=6.0e-01" in said
     assert "overfitting" not in topics(trained), "that would set the same key"
 

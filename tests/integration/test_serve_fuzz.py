@@ -81,6 +81,7 @@ def test_requests_from_the_description_are_answered_as_it_says(served):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_thousands_of_requests_from_the_description_are_answered_as_it_says(served):
     statuses = fuzz(served, THOROUGH)
     print(f"{sum(statuses.values())} requests: {dict(sorted(statuses.items()))}")

@@ -54,7 +54,7 @@ def test_the_page_has_every_model_under_every_preset_and_runs_that_were_measured
         rows = re.findall(r"^\| (\S+) \| [\d.]+ [BM] \| [\d.]+ \| (?:yes|\*\*no\*\*) \|", tables[name], re.M)
         assert sorted(rows) == sorted(path.name for path in SHAPES)
     measured = json.loads((ROOT / "docs" / "presets.json").read_text())
-    assert measured
+    assert len(measured) >= 3
     for by_preset in measured.values():
         for result in by_preset.values():
             assert result["peak_bytes"] < result["limit_bytes"]

@@ -170,6 +170,16 @@ def test_a_loss_that_ends_above_its_beginning_is_too_high_a_rate():
     assert too_high_rate([step(n, 2.0 - n / 50) for n in range(1, 51)], FACTS) is None
 
 
+def test_a_validation_far_above_the_bases_own_is_too_high_a_rate_though_the_loss_fell():
+    falling = [step(n, 8.0 - n / 50) for n in range(1, 51)]
+    said = too_high_rate([valid(0, 0.75), *falling, valid(50, 6.0)], FACTS)
+    assert said is not None
+    assert "validation rose from 0.75, the base's, to 6.00" in said.reason
+    assert too_high_rate([valid(0, 0.75), *falling, valid(50, 1.4)], FACTS) is None
+    assert too_high_rate([valid(0, 0.1), *falling, valid(50, 0.5)], FACTS) is None
+    assert too_high_rate([valid(5, 0.75), *falling, valid(50, 6.0)], FACTS) is None
+
+
 # ---------------------------------------------------------------- how long, and on what
 
 
