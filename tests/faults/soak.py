@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,8 @@ def flat(bench: Bench, scale: Scale) -> list[Row]:
     row.note(_missing(adapter / "metrics.jsonl", steps))
     print(
         f"    footprint {_slope(table[:, 0] / MIB):+.3f} MiB, cache {_slope(table[:, 1] / MIB):+.3f} MiB, "
-        f"files {_slope(table[:, 2]):+.2f} per 100 steps; a step {first:.4f} s, then {last:.4f} s"
+        f"files {_slope(table[:, 2]):+.2f} per 100 steps; a step {first:.4f} s, then {last:.4f} s",
+        file=sys.stderr,
     )
     return [row]
 
