@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlx_qlora.commands.options import Offload, OffloadBudget, stored_as
+from mlx_qlora.commands.options import Backend, Hostfile, Hosts, Offload, OffloadBudget, stored_as
 from mlx_qlora.commands.output import Json, gigabytes, on_bytes, print_json, say
 from mlx_qlora.errors import ConfigError, MlxQloraError
 
@@ -43,16 +43,9 @@ def infer(
     processes: Annotated[
         int, typer.Option(help="Ranks on this machine that share the model between them.", min=1)
     ] = 1,
-    hosts: Annotated[
-        str | None,
-        typer.Option(help="One rank on each machine, this one first: mac1,mac2 or mac1=10.0.0.1,…"),
-    ] = None,
-    hostfile: Annotated[
-        Path | None, typer.Option(help="Instead of --hosts: a file of mlx.distributed_config's.")
-    ] = None,
-    backend: Annotated[
-        str, typer.Option(help="ring (TCP), or jaccl (RDMA over Thunderbolt 5; needs --hostfile).")
-    ] = "ring",
+    hosts: Hosts = None,
+    hostfile: Hostfile = None,
+    backend: Backend = "ring",
     sharding: Annotated[
         str, typer.Option(help="What ranks share: tensor (each layer), pipeline (the layers), or auto.")
     ] = "auto",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,6 +16,16 @@ Offload = Annotated[
 OffloadBudget = Annotated[
     float | None,
     typer.Option(help="Memory for the weights then, in GiB; 60 % of what is left when not given."),
+]
+Hosts = Annotated[
+    str | None,
+    typer.Option(help="One rank on each machine, this one first: mac1,mac2 or mac1=10.0.0.1,…"),
+]
+Hostfile = Annotated[
+    Path | None, typer.Option(help="Instead of --hosts: a file of mlx.distributed_config's.")
+]
+Backend = Annotated[
+    str, typer.Option(help="ring (TCP), or jaccl (RDMA over Thunderbolt 5; needs --hostfile).")
 ]
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlx_qlora.commands.options import Offload
+from mlx_qlora.commands.options import Backend, Hostfile, Hosts, Offload
 from mlx_qlora.commands.output import Json, gigabytes, on_bytes, print_json, say
 from mlx_qlora.config import RunConfig, build_config, parse_assignment, read_config
 from mlx_qlora.presets import preset as preset_tree
@@ -39,16 +39,9 @@ def train(
     processes: Annotated[
         int, typer.Option(help="Ranks on this machine that share every update's rows.", min=1)
     ] = 1,
-    hosts: Annotated[
-        str | None,
-        typer.Option(help="One rank on each machine, this one first: mac1,mac2 or mac1=10.0.0.1,…"),
-    ] = None,
-    hostfile: Annotated[
-        Path | None, typer.Option(help="Instead of --hosts: a file of mlx.distributed_config's.")
-    ] = None,
-    backend: Annotated[
-        str, typer.Option(help="ring (TCP), or jaccl (RDMA over Thunderbolt 5; needs --hostfile).")
-    ] = "ring",
+    hosts: Hosts = None,
+    hostfile: Hostfile = None,
+    backend: Backend = "ring",
     max_restarts: Annotated[
         int,
         typer.Option(help="How often ranks that failed are started again from the last checkpoint.", min=0),
